@@ -1,0 +1,29 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both create .venv and use it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo toy test test-all lint clean
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,mpi]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'torch-fidelity==0.4.0'
+	touch $@
+
+toy: .venv/installed
+	$(BIN)/python scripts/toy.py
+
+demo: .venv/installed
+	$(BIN)/python scripts/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache

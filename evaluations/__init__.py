@@ -1,0 +1,1 @@
+"""Scores for sets of images: features, statistics, metrics, and the evaluator program."""

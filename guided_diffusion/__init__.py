@@ -1,0 +1,1 @@
+"""guided-diffusion reborn: train, guide, sample and score image diffusion models."""
