@@ -1,0 +1,188 @@
+"""What a network's output means: clean data, noise, velocity or the previous x; and with which variance.
+
+A `Predictor` is any callable `(x, t, **cond) -> Prediction` with t [N] rows of a `Process`. Samplers and guidance
+know predictors only; networks appear here once, in `predictor`.
+"""
+
+import enum
+from dataclasses import dataclass, replace
+
+import torch as th
+
+
+class ModelMeanType(enum.Enum):
+    """What the network's first C channels predict."""
+
+    PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
+    START_X = enum.auto()  # x_0
+    EPSILON = enum.auto()  # the noise
+    VELOCITY = enum.auto()  # v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022, arXiv 2202.00512)
+
+
+class ModelVarType(enum.Enum):
+    """Which variance a reverse step has."""
+
+    LEARNED = enum.auto()  # the network's second C channels are its logarithm
+    FIXED_SMALL = enum.auto()  # the posterior's: right for data at one point
+    FIXED_LARGE = enum.auto()  # beta: right for data ~ N(0, I)
+    LEARNED_RANGE = enum.auto()  # the second C channels place it between the two (Improved DDPM eq. 15)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """
+    A belief about x_0 given x_t. Every tensor has x_t's shape; `x0` and `eps` always say the same thing.
+
+    `variance` and `log_variance` are those of the reverse step; both are carried because at row 0 the small
+    variance is 0 while its logarithm is the clipped one. `grad` is a scaled gradient of log p(y | x_t), which
+    samplers apply. `mean` is set only where a network predicts the mean of x_{t-1} itself.
+    """
+
+    x0: th.Tensor
+    eps: th.Tensor
+    variance: th.Tensor
+    log_variance: th.Tensor
+    grad: th.Tensor | None = None
+    mean: th.Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------- conversions
+
+def x0_from_eps(process, x, t, eps):
+    """x_0 = x_t / sqrt(abar) - sqrt(1/abar - 1) eps (DDPM eq. 4, solved for x_0)."""
+    scale, sigma = process.at("sqrt_recip_alphas_cumprod", t, x), process.at("sqrt_recipm1_alphas_cumprod", t, x)
+    return scale * x - sigma * eps
+
+
+def eps_from_x0(process, x, t, x0):
+    """The inverse of `x0_from_eps`."""
+    scale, sigma = process.at("sqrt_recip_alphas_cumprod", t, x), process.at("sqrt_recipm1_alphas_cumprod", t, x)
+    return (scale * x - x0) / sigma
+
+
+def x0_from_velocity(process, x, t, v):
+    """x_0 = sqrt(abar) x_t - sqrt(1 - abar) v (Salimans & Ho 2022, appendix D)."""
+    return process.at("sqrt_alphas_cumprod", t, x) * x - process.at("sqrt_one_minus_alphas_cumprod", t, x) * v
+
+
+def velocity(process, x0, t, noise):
+    """v = sqrt(abar) eps - sqrt(1 - abar) x_0."""
+    return process.at("sqrt_alphas_cumprod", t, x0) * noise - process.at("sqrt_one_minus_alphas_cumprod", t, x0) * x0
+
+
+def x0_from_previous(process, x, t, previous):
+    """The x_0 whose posterior mean is `previous` (DDPM eq. 7, solved for x_0)."""
+    c1, c2 = process.at("posterior_mean_coef1", t, x), process.at("posterior_mean_coef2", t, x)
+    return (previous - c2 * x) / c1
+
+
+def posterior_mean(process, x, t, x0):
+    """The mean of q(x_{t-1} | x_t, x_0)."""
+    return process.q_posterior_mean_variance(x0, x, t)[0]
+
+
+# One row a parameterization: how to read x_0 off the network's output, and what to train it on.
+TO_X0 = {
+    ModelMeanType.EPSILON: x0_from_eps,
+    ModelMeanType.START_X: lambda process, x, t, x0: x0,
+    ModelMeanType.VELOCITY: x0_from_velocity,
+    ModelMeanType.PREVIOUS_X: x0_from_previous,
+}
+TARGETS = {
+    ModelMeanType.EPSILON: lambda process, x0, x, t, noise: noise,
+    ModelMeanType.START_X: lambda process, x0, x, t, noise: x0,
+    ModelMeanType.VELOCITY: lambda process, x0, x, t, noise: velocity(process, x0, t, noise),
+    ModelMeanType.PREVIOUS_X: lambda process, x0, x, t, noise: posterior_mean(process, x, t, x0),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- variances
+
+def _between(process, x, t, v):
+    """v = -1 is the small variance, v = +1 the large one, geometric in between; not clamped, as in the original."""
+    share = (v + 1) / 2
+    low = process.at("posterior_log_variance_clipped", t, x)
+    log_variance = share * process.at("log_betas", t, x) + (1 - share) * low
+    return th.exp(log_variance), log_variance
+
+
+def _tables(variance, log_variance):
+    return lambda process, x, t, v: (process.at(variance, t, x), process.at(log_variance, t, x))
+
+
+# One row a kind: (process, x, t, v) -> (variance, log_variance).
+VARIANCES = {
+    ModelVarType.FIXED_SMALL: _tables("posterior_variance", "posterior_log_variance_clipped"),
+    ModelVarType.FIXED_LARGE: _tables("large_variance", "log_large_variance"),
+    ModelVarType.LEARNED: lambda process, x, t, v: (th.exp(v), v),
+    ModelVarType.LEARNED_RANGE: _between,
+}
+
+
+def is_learned(var_type):
+    """Whether the network has C more channels, for its variance."""
+    return var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+
+# --------------------------------------------------------------------------------------------------- predictors
+
+def split_output(output, x, var_type):
+    """
+    Part a network's output [N, C or 2C, ...] into (guess [N, C, ...], v [N, C, ...] or None).
+
+    :raises ValueError: if the number of channels does not suit the variance type.
+    """
+    factor = 2 if is_learned(var_type) else 1
+    expected = (x.shape[0], factor * x.shape[1], *x.shape[2:])
+    if output.shape != expected:
+        raise ValueError(
+            f"the network gave {tuple(output.shape)} where {var_type.name} variance needs {expected}: "
+            f"learn_sigma must be {factor == 2} both when it was built and in the diffusion"
+        )
+    return output.chunk(2, dim=1) if factor == 2 else (output, None)
+
+
+def read(process, mean_type, var_type, guess, v, x, t):
+    """The `Prediction` that a network's output (guess, v) at (x, t) stands for."""
+    variance, log_variance = VARIANCES[var_type](process, x, t, v)
+    x0 = TO_X0[mean_type](process, x, t, guess)
+    eps = guess if mean_type is ModelMeanType.EPSILON else eps_from_x0(process, x, t, x0)
+    mean = guess if mean_type is ModelMeanType.PREVIOUS_X else None
+    return Prediction(x0, eps, variance, log_variance, mean=mean)
+
+
+def predictor(process, net, mean_type, var_type):
+    """
+    A network as a predictor.
+
+    :param net: `(x, clock, **cond) -> [N, C or 2C, ...]`; it is told `process.clock(t)`.
+    """
+
+    def predict(x, t, **cond):
+        guess, v = split_output(net(x, process.clock(t), **cond), x, var_type)
+        return read(process, mean_type, var_type, guess, v, x, t)
+
+    return predict
+
+
+def clipped(predict, process, clip_denoised=True, denoised_fn=None):
+    """
+    A predictor whose x_0 goes through `denoised_fn` and is then clamped to [-1, 1]; eps follows x_0.
+
+    Clipping is a wrapper of its own so that the order of operations is the order of writing: mix first, then clip.
+    """
+    if not clip_denoised and denoised_fn is None:
+        return predict
+
+    def limited(x, t, **cond):
+        pred = predict(x, t, **cond)
+        x0 = pred.x0 if denoised_fn is None else denoised_fn(pred.x0)
+        x0 = x0.clamp(-1, 1) if clip_denoised else x0
+        return replace(pred, x0=x0, eps=eps_from_x0(process, x, t, x0))
+
+    return limited
+
+
+def mean_of(process, x, t, pred):
+    """The mean of the reverse step p(x_{t-1} | x_t) that a prediction stands for, without guidance."""
+    return posterior_mean(process, x, t, pred.x0) if pred.mean is None else pred.mean

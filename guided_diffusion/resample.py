@@ -1,0 +1,97 @@
+"""Which timesteps to train on: uniform, or more often where the loss is large (Improved DDPM, section 3.3)."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+
+
+def create_named_schedule_sampler(name, diffusion):
+    """
+    :param name: a row of SCHEDULE_SAMPLERS.
+    :param diffusion: anything with `num_timesteps`.
+    :raises NotImplementedError: for another name.
+    """
+    if name not in SCHEDULE_SAMPLERS:
+        raise NotImplementedError(f"unknown schedule sampler: {name} (choose from {', '.join(SCHEDULE_SAMPLERS)})")
+    return SCHEDULE_SAMPLERS[name](diffusion)
+
+
+class ScheduleSampler(ABC):
+    """A distribution over rows; importance weights keep the mean of the loss what uniform sampling gives."""
+
+    @abstractmethod
+    def weights(self):
+        """[T] positive weights, not necessarily normalized."""
+
+    def sample(self, batch_size, device, rng=None):
+        """
+        :param rng: a numpy Generator; numpy's global one if None.
+        :return: (rows int64 [N], importance weights 1 / (T p) float32 [N]).
+        """
+        weights = self.weights()
+        p = weights / np.sum(weights)
+        rows = (np.random if rng is None else rng).choice(len(p), size=(batch_size,), p=p)
+        importance = 1 / (len(p) * p[rows])
+        return th.from_numpy(rows).long().to(device), th.from_numpy(importance).float().to(device)
+
+
+class UniformSampler(ScheduleSampler):
+    def __init__(self, diffusion):
+        self.diffusion = diffusion
+        self._weights = np.ones([diffusion.num_timesteps])
+
+    def weights(self):
+        return self._weights
+
+
+class LossAwareSampler(ScheduleSampler):
+    """A sampler that learns from the losses of all processes."""
+
+    def update_with_local_losses(self, local_ts, local_losses):
+        """
+        Gather (row, loss) pairs over all processes, so that all keep the same history, and learn from them.
+
+        :param local_ts: [N] rows; N may differ between processes.
+        :param local_losses: [N].
+        """
+        pairs = [(local_ts.tolist(), local_losses.tolist())]
+        if dist.is_available() and dist.is_initialized():
+            mine, pairs = pairs[0], [None] * dist.get_world_size()
+            dist.all_gather_object(pairs, mine)
+        self.update_with_all_losses([t for ts, _ in pairs for t in ts], [v for _, losses in pairs for v in losses])
+
+    @abstractmethod
+    def update_with_all_losses(self, ts, losses):
+        """Learn from lists of rows and losses; must be deterministic, since every process does it alone."""
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """p proportional to sqrt(E[loss^2]) over the last losses of each row, once every row has enough of them."""
+
+    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+        self.diffusion = diffusion
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term], dtype=np.float64)
+        self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
+
+    def weights(self):
+        if not self._warmed_up():
+            return np.ones(len(self._loss_counts), dtype=np.float64)
+        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
+        weights /= np.sum(weights)
+        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+
+    def update_with_all_losses(self, ts, losses):
+        for t, loss in zip(ts, losses):
+            # A ring: the oldest entry makes room. Their order does not matter to the second moment.
+            self._loss_history[t, self._loss_counts[t] % self.history_per_term] = loss
+            self._loss_counts[t] += 1
+
+    def _warmed_up(self):
+        return (self._loss_counts >= self.history_per_term).all()
+
+
+SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
