@@ -1,0 +1,125 @@
+"""Small parts that every network shares: embeddings, norms, initialisation, recomputation, averaging of weights."""
+
+import math
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+GROUPS = 32  # of every group norm: a feature width must be a multiple of it
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+SiLU = nn.SiLU
+
+
+class UsageError(ValueError, AssertionError):
+    """Wrong arguments, where the original code asserted: callers may catch either of its two bases."""
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group norm computed in float32 whatever the input's dtype; the result has the input's dtype."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
+def _for_dims(table, dims):
+    if dims not in table:
+        raise ValueError(f"unsupported dimensions: {dims} (choose 1, 2 or 3)")
+    return table[dims]
+
+
+def conv_nd(dims, *args, **kwargs):
+    """A convolution over `dims` (1, 2 or 3) spatial axes."""
+    return _for_dims(_CONVS, dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims, *args, **kwargs):
+    """An average pool over `dims` (1, 2 or 3) spatial axes."""
+    return _for_dims(_AVG_POOLS, dims)(*args, **kwargs)
+
+
+def linear(*args, **kwargs):
+    """A linear layer."""
+    return nn.Linear(*args, **kwargs)
+
+
+def normalization(channels):
+    """Group norm with 32 groups over [N,channels,...]. Raises ValueError if 32 does not divide `channels`."""
+    if channels < GROUPS or channels % GROUPS:
+        low = channels // GROUPS * GROUPS
+        near = f"{low} or {low + GROUPS}" if low else f"{GROUPS}"
+        raise ValueError(f"width {channels} is not a multiple of {GROUPS}, the number of norm groups: use {near}")
+    return GroupNorm32(GROUPS, channels)
+
+
+@torch.no_grad()
+def update_ema(target_params, source_params, rate=0.99):
+    """In place, for each pair of tensors: target <- rate * target + (1 - rate) * source."""
+    targets = list(target_params)
+    sources = [source.to(target) for target, source in zip(targets, source_params, strict=True)]
+    if targets:
+        # One fused call, as torch.optim.swa_utils does it; written target + (1 - rate) * (source - target), so that
+        # a target which has arrived at its source stays there exactly.
+        torch._foreach_lerp_(targets, sources, 1 - rate)
+
+
+@torch.no_grad()
+def zero_module(module):
+    """Set every parameter to zero, in place; returns the module."""
+    for param in module.parameters():
+        param.zero_()  # not times 0, which keeps a NaN
+    return module
+
+
+@torch.no_grad()
+def scale_module(module, scale):
+    """Multiply every parameter by `scale`, in place; returns the module."""
+    for param in module.parameters():
+        param.mul_(scale)
+    return module
+
+
+def mean_flat(tensor):
+    """Mean over all axes but the first: [N,...] -> [N]."""
+    return tensor.mean(dim=list(range(1, tensor.dim())))
+
+
+def timestep_embedding(timesteps, dim, max_period=10000):
+    """
+    Sinusoidal embedding (Vaswani et al. 2017, section 3.5, cosines before sines).
+
+    timesteps: [N], integer or fractional. Returns float32 [N,dim]: cos then sin of timesteps * max_period^(-i/half)
+    for i in 0..half-1 with half = dim // 2, and one column of zeros if dim is odd.
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    args = timesteps[:, None].float() * torch.exp(-math.log(max_period) * index / half)  # [N,half]
+    embedding = torch.cat([torch.cos(args), torch.sin(args)], dim=-1)                    # [N,2*half]
+    return nn.functional.pad(embedding, (0, dim % 2))                                    # [N,dim]
+
+
+def checkpoint(func, inputs, params, flag):
+    """
+    func(*inputs); with `flag`, activations inside func are not kept but computed again in the backward pass.
+
+    Dropout masks and autocast are the same the second time, parameters may be frozen, gradients may be differentiated
+    again. `params` is unused (autograd finds them): it stays for callers of the original function.
+    """
+    if flag:
+        return recompute(func, *inputs, use_reentrant=False)
+    return func(*inputs)
+
+
+def convert_module_to_f16(module):
+    """Convert the parameters of a convolution to float16; leave any other module alone. For `Module.apply`."""
+    if isinstance(module, tuple(_CONVS.values())):
+        module.half()
+
+
+def convert_module_to_f32(module):
+    """Undo `convert_module_to_f16`."""
+    if isinstance(module, tuple(_CONVS.values())):
+        module.float()
