@@ -1,0 +1,112 @@
+"""
+The stream of samples, and the file they end in. Image i is a function of the seed and i, for any batch size and any
+number of processes.
+"""
+
+import os
+from functools import partial
+
+import numpy as np
+import torch as th
+
+from . import checkpoint, dist_util, pictures, sampling
+
+
+def sample_stream(
+    diffusion,
+    model,
+    *,
+    shape,
+    num_samples,
+    batch_size,
+    seed=0,
+    labels=None,
+    num_classes=0,
+    use_ddim=False,
+    eta=0.0,
+    clip_denoised=True,
+    cond_fn=None,
+    device="cpu",
+    rank=0,
+    num_ranks=1,
+    progress=False,
+    on_step=None,
+):
+    """
+    Draw this rank's samples batch by batch and yield `(indices, x [n,C,H,W] in [-1,1], labels [n] or None)`.
+
+    :param model: `(x, timesteps, y=None)`; without classes it is called without y.
+    :param shape: of one sample, (C, H, W).
+    :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
+    :param cond_fn: guidance, `(x, timesteps, y) -> like x`, or None.
+    :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
+    :raises ValueError: for no samples or no batch.
+    """
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples and batch_size must be 1 or more, not {num_samples} and {batch_size}")
+    predict = diffusion.predictor(model, clip_denoised, cond_fn=cond_fn)
+    rule = partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm
+    mine = range(rank, num_samples, num_ranks)
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    with _bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
+        for number, indices in enumerate(batches):
+            noise = sampling.SeededNoise(seed, indices, device)
+            y = noise.integers(num_classes) if num_classes else None
+            if labels is not None:
+                y = th.tensor([labels[i] for i in indices], device=device)
+            cond = {} if y is None else {"y": y}
+            walk = sampling.sample(diffusion, predict, rule, noise.normal(*shape), noise=noise, cond=cond)
+            for step, (x, pred) in enumerate(walk, 1):
+                bar.update()
+                if on_step:
+                    on_step(indices, diffusion.num_timesteps - step, x, pred)
+            if not x.isfinite().all():
+                raise ArithmeticError(f"the network gave values that are not finite for samples {list(indices)}")
+            bar.set_postfix(images=f"{min((number + 1) * batch_size * num_ranks, num_samples)}/{num_samples}")
+            yield indices, x, y
+
+
+def _bar(total, show):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="sampling", unit="step", disable=not show, mininterval=0.5)
+
+
+def collect(stream):
+    """Drain the streams of all ranks. On rank 0: (uint8 [N,H,W,C], int64 labels [N] or None), in the order of the
+    indices; elsewhere None."""
+    mine = [(list(indices), pictures.to_uint8(x).cpu().numpy(), None if y is None else y.cpu().numpy())
+            for indices, x, y in stream]  # fmt: skip
+    parts = [part for rank in dist_util.gather_objects(mine) for part in rank]
+    if not dist_util.is_main():
+        return None
+    order = np.argsort(np.concatenate([indices for indices, _, _ in parts]))
+    images = np.concatenate([x for _, x, _ in parts])[order]
+    return images, None if parts[0][2] is None else np.concatenate([y for _, _, y in parts])[order].astype(np.int64)
+
+
+def save_samples(folder, images, labels=None, class_names=None, picture=True):
+    """
+    Write samples_NxHxWxC.npz with arr_0 (uint8 [N,H,W,C]) and, with labels, arr_1; beside it a picture of some.
+
+    :return: the path of the npz.
+    """
+    path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
+    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
+    with checkpoint.writing(path) as file:
+        np.savez(file, **arrays)
+    if picture:
+        save_class_grid(path[: -len("npz")] + "png", images, labels, class_names)
+    return path
+
+
+def save_class_grid(path, images, labels=None, class_names=None, columns=8, rows=10, title=None):
+    """A grid with a row for each of the first classes that occur; without labels, just the first images."""
+    if labels is None:
+        pictures.save_grid(path, images[: columns * rows], columns, title=title)
+        return
+    classes = np.unique(labels)[:rows]
+    columns = min(columns, *(int((labels == y).sum()) for y in classes))
+    chosen = np.concatenate([np.flatnonzero(labels == y)[:columns] for y in classes])
+    names = [str(y) if class_names is None else str(class_names[y]) for y in classes]
+    pictures.save_grid(path, images[chosen], columns, row_labels=names, title=title)

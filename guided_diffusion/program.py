@@ -1,0 +1,96 @@
+"""What every program does first: find its processes and device, its folder and its log."""
+
+import argparse
+import os
+
+from . import checkpoint, config, dist_util, logger
+from .generate import collect, sample_stream, save_samples
+from .image_datasets import load_data
+
+
+def start(args, *settled_later):
+    """
+    Set up processes, device, output folder and log from RunOptions, and log every option.
+
+    :param settled_later: groups of options that a checkpoint's config.json will settle: logged only if typed.
+    :return: (device, folder), the folder being the same for all ranks and known to be writable.
+    """
+    dist_util.setup_dist(args.device or None)
+    wanted = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or logger.default_dir()
+    folder = dist_util.gather_objects(wanted)[0]
+    checkpoint.check_writable(folder)
+    logger.configure(dir=folder)
+    later = config.options(*settled_later).keys() - args.explicit
+    shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in later})
+    logger.log("options (* typed):\n" + config.describe(shown))
+    return dist_util.dev(), folder
+
+
+def network_flags(args, resume_checkpoint, *groups):
+    """The options of a network to train: as typed, else from the config.json beside the checkpoint, else default."""
+    flags = config.flags_of(args, *groups)
+    if resume_checkpoint:
+        known = (checkpoint.read_config(resume_checkpoint) or {}).get("flags", {})
+        flags |= {name: value for name, value in known.items() if name in flags and name not in args.explicit}
+    return flags
+
+
+def open_data(args, flags, data_dir, **how):
+    """The stream of training images that a program's options ask for, and a line of the log that says what it is."""
+    data = load_data(
+        data_dir=data_dir,
+        batch_size=args.batch_size,
+        image_size=flags["image_size"],
+        image_channels=flags["image_channels"],
+        num_classes=flags["num_classes"],
+        num_workers=args.num_workers,
+        skip_bad_images=args.skip_bad_images,
+        label_from=args.label_from,
+        seed=args.seed,
+        rank=dist_util.rank(),
+        num_ranks=dist_util.world_size(),
+        **how,
+    )
+    names = data.class_names
+    logger.log(f"{data.num_images} images in {data_dir}, labels: {data.label_rule}")
+    if names and len(names) < flags["num_classes"]:
+        logger.warn(
+            f"num_classes is {flags['num_classes']} but the data have {len(names)}: --num_classes {len(names)} would do"
+        )
+    return data
+
+
+def loop_options(args):
+    """What the training loop takes from the options of every training program."""
+    names = "batch_size microbatch lr weight_decay iterations log_interval save_interval resume_checkpoint"
+    names += " grad_clip max_bad_steps seed"
+    return {name: getattr(args, name) for name in names.split()} | {"progress": True}
+
+
+def write_samples(args, folder, diffusion, model, flags, num_classes, class_names, cond_fn=None):
+    """Draw the samples that SampleOptions ask for and write them; `flags` tell their shape."""
+    if class_names:  # a network may have room for more classes than it was shown
+        num_classes = len(class_names)
+    labels = config.parse_classes(args.classes, num_classes, args.num_samples, class_names)
+    stream = sample_stream(
+        diffusion,
+        model,
+        shape=(flags["image_channels"], flags["image_size"], flags["image_size"]),
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        labels=labels,
+        num_classes=num_classes,
+        use_ddim=args.use_ddim,
+        eta=args.eta,
+        clip_denoised=args.clip_denoised,
+        cond_fn=cond_fn,
+        device=dist_util.dev(),
+        rank=dist_util.rank(),
+        num_ranks=dist_util.world_size(),
+        progress=True,
+    )
+    result = collect(stream)
+    if result is not None:
+        logger.log(f"samples: {save_samples(folder, *result, class_names, args.grid)}")
+    dist_util.barrier()

@@ -1,0 +1,317 @@
+"""From options to objects: networks and processes from flags, and from a checkpoint's path alone."""
+
+import functools
+import inspect
+
+import torch
+
+from . import checkpoint, config
+from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
+from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
+
+__all__ = [
+    "NUM_CLASSES",
+    "add_dict_to_argparser",
+    "args_to_dict",
+    "classifier_and_diffusion_defaults",
+    "classifier_defaults",
+    "create_classifier",
+    "create_classifier_and_diffusion",
+    "create_gaussian_diffusion",
+    "create_model",
+    "create_model_and_diffusion",
+    "diffusion_defaults",
+    "model_and_diffusion_defaults",
+    "open_classifier",
+    "open_diffusion",
+    "sr_create_model",
+    "sr_create_model_and_diffusion",
+    "sr_model_and_diffusion_defaults",
+    "str2bool",
+]
+
+NUM_CLASSES = ModelOptions.num_classes
+
+# The order of the original's positional parameters. Options that the original lacks follow by keyword.
+MODEL_ORDER = (
+    "image_size class_cond learn_sigma num_channels num_res_blocks channel_mult num_heads num_head_channels"
+    " num_heads_upsample attention_resolutions dropout diffusion_steps noise_schedule timestep_respacing use_kl"
+    " predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint use_scale_shift_norm resblock_updown"
+    " use_fp16 use_new_attention_order"
+)
+SUPER_RES_ORDER = (
+    MODEL_ORDER.replace("image_size", "large_size small_size")
+    .replace(" channel_mult", "")
+    .replace(" use_new_attention_order", "")
+)
+
+# ------------------------------------------------------------------------------------------------ defaults and flags
+
+
+def diffusion_defaults():
+    """{name: default} of the options of the process."""
+    return config.defaults(DiffusionOptions)
+
+
+def classifier_defaults():
+    """{name: default} of the options of the classifier."""
+    return config.defaults(ClassifierOptions)
+
+
+def model_and_diffusion_defaults():
+    """{name: default} of the options of the network and the process."""
+    return config.defaults(ModelOptions, DiffusionOptions)
+
+
+def classifier_and_diffusion_defaults():
+    """{name: default} of the options of the classifier and the process."""
+    return config.defaults(ClassifierOptions, DiffusionOptions)
+
+
+def sr_model_and_diffusion_defaults():
+    """{name: default} of the options of the super-resolution network and the process."""
+    return config.defaults(SuperResOptions, DiffusionOptions)
+
+
+def add_dict_to_argparser(parser, default_dict):
+    """Add a flag for each {name: default}, of the type of its default, to an argparse parser."""
+    for name, default in default_dict.items():
+        config.add_flag(parser, name, default)
+    parser.set_defaults(**default_dict)
+
+
+def args_to_dict(args, keys):
+    """{key: args.key}."""
+    return {key: getattr(args, key) for key in keys}
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+def create_model(image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
+                 use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1,
+                 num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False,
+                 use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES):
+    """
+    The UNetModel that the options of the same names describe (see config.ModelOptions).
+
+    Raises ValueError if the image size, the widths or the heads do not divide as the network needs.
+    """
+    return _unet(UNetModel, **locals())
+
+
+def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+                    attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm,
+                    dropout, resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False,
+                    image_channels=3, num_classes=NUM_CLASSES):
+    """The SuperResModel for images of large_size; as the network takes any low_res, small_size changes nothing."""
+    flags = dict(locals())
+    del flags["small_size"]
+    return _unet(SuperResModel, image_size=flags.pop("large_size"), **flags)
+
+
+def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class_cond, attention_resolutions,
+          image_channels, num_classes, **same_name):
+    return network(
+        image_size=image_size,
+        in_channels=image_channels,
+        model_channels=num_channels,
+        out_channels=image_channels * (2 if learn_sigma else 1),
+        attention_resolutions=config.attention_downsampling(attention_resolutions, image_size),
+        channel_mult=config.levels(channel_mult, image_size, super_res=network is SuperResModel),
+        num_classes=num_classes if class_cond else None,
+        **same_name,
+    )
+
+
+def create_classifier(image_size, classifier_use_fp16, classifier_width, classifier_depth,
+                      classifier_attention_resolutions, classifier_use_scale_shift_norm, classifier_resblock_updown,
+                      classifier_pool, classifier_channel_mult="", classifier_num_head_channels=64,
+                      classifier_dropout=0.0, image_channels=3, num_classes=NUM_CLASSES):
+    """
+    The EncoderUNetModel that the options of the same names describe (see config.ClassifierOptions).
+
+    Raises ValueError if the image size, the widths or the heads do not divide as the network needs.
+    """
+    return EncoderUNetModel(
+        image_size=image_size,
+        in_channels=image_channels,
+        model_channels=classifier_width,
+        out_channels=num_classes,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=config.attention_downsampling(classifier_attention_resolutions, image_size),
+        dropout=classifier_dropout,
+        channel_mult=config.levels(classifier_channel_mult, image_size),
+        use_fp16=classifier_use_fp16,
+        num_head_channels=classifier_num_head_channels,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+    )
+
+
+def create_gaussian_diffusion(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear",
+                              use_kl=False, predict_xstart=False, rescale_timesteps=False,
+                              rescale_learned_sigmas=False, timestep_respacing=""):
+    """
+    The SpacedDiffusion that the options of the same names describe (see config.DiffusionOptions).
+
+    :param sigma_small: without learn_sigma, the posterior's variance instead of beta.
+    :raises ValueError: for too few steps or a respacing that cannot be.
+    :raises NotImplementedError: for an unknown schedule.
+    """
+    if steps < 1:
+        raise ValueError(f"a process needs at least one step, not --diffusion_steps {steps}")
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    if learn_sigma:
+        var_type = ModelVarType.LEARNED_RANGE
+    else:
+        var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=var_type,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+# ------------------------------------------------------------------------------------------- a network and a process
+
+
+def _builder(order, *groups):
+    """
+    Give a function of one dict of flags the signature of the original's builders: the names in the text `order`
+    required, every other option of the groups a keyword with its default. TypeError names what is missing or unknown.
+    """
+    order = order.split()
+    extra = {name: default for name, default in config.defaults(*groups).items() if name not in order}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature(
+        [inspect.Parameter(name, kind) for name in order]
+        + [inspect.Parameter(name, kind, default=default) for name, default in extra.items()]
+    )
+
+    def decorate(function):
+        @functools.wraps(function)
+        def build(*args, **kwargs):
+            names = list(signature.parameters)
+            for name in kwargs:
+                if name not in names:
+                    raise TypeError(f"{function.__name__}: unknown option {name}{config.nearest(name, names)}")
+            missing = [name for name in order[len(args) :] if name not in kwargs]
+            if missing:
+                raise TypeError(f"{function.__name__}: missing options {', '.join(missing)}")
+            return function(extra | signature.bind(*args, **kwargs).arguments)
+
+        build.__signature__ = signature
+        return build
+
+    return decorate
+
+
+def _call(function, flags):
+    """Call a function with those of the flags that it takes."""
+    return function(**{name: flags[name] for name in inspect.signature(function).parameters if name in flags})
+
+
+def _process(flags):
+    return _call(create_gaussian_diffusion, flags | {"steps": flags["diffusion_steps"]})
+
+
+@_builder(MODEL_ORDER, ModelOptions, DiffusionOptions)
+def create_model_and_diffusion(flags):
+    """(UNetModel, SpacedDiffusion) from all options of ModelOptions and DiffusionOptions."""
+    return _call(create_model, flags), _process(flags)
+
+
+@_builder(SUPER_RES_ORDER, SuperResOptions, DiffusionOptions)
+def sr_create_model_and_diffusion(flags):
+    """(SuperResModel, SpacedDiffusion) from all options of SuperResOptions and DiffusionOptions."""
+    return _call(sr_create_model, flags), _process(flags)
+
+
+def _required(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+
+
+@_builder(" ".join([*_required(create_classifier), *diffusion_defaults()]), ClassifierOptions, DiffusionOptions)
+def create_classifier_and_diffusion(flags):
+    """(EncoderUNetModel, SpacedDiffusion) from all options of ClassifierOptions and DiffusionOptions."""
+    return _call(create_classifier, flags), _process(flags)
+
+
+# ----------------------------------------------------------------------------------------------- a checkpoint's path
+
+
+def open_diffusion(path, explicit_flags=None, device="cpu"):
+    """
+    The diffusion model of a checkpoint and its process.
+
+    :param path: modelNNNNNN.pt or ema_*.pt; config.json beside it tells the options.
+    :param explicit_flags: {name: value} that win over config.json, which wins over the defaults; names that are no
+        options of the model or the process are passed over.
+    :param device: where the network shall live. On a CPU it is float32 unless use_fp16 is explicit.
+    :return: (network in evaluation mode, SpacedDiffusion, {name: value} of every option of both).
+    :raises ValueError: if the file, its config.json, the explicit flags and the weights do not agree.
+    """
+    options = model_and_diffusion_defaults()
+    network, flags = _open(path, "diffusion", create_model, options, "use_fp16", explicit_flags or {}, device)
+    return network, _process(flags), flags
+
+
+def open_classifier(path, explicit_flags=None, device="cpu"):
+    """
+    The classifier of a checkpoint: (network in evaluation mode, {name: value}); all as open_diffusion. The flags of
+    the process it was trained on are among those returned as far as config.json or explicit_flags tell them.
+    """
+    options = classifier_defaults()
+    return _open(path, "classifier", create_classifier, options, "classifier_use_fp16", explicit_flags or {}, device)
+
+
+def _open(path, kind, create, options, fp16, explicit_flags, device):
+    known = options | diffusion_defaults()
+    explicit = {name: value for name, value in explicit_flags.items() if name in known}
+    state = checkpoint.load(path)
+    told = _flags_of_config(path, kind, known)
+    flags = options | told | explicit
+    if torch.device(device).type == "cpu" and fp16 not in explicit:
+        flags[fp16] = False
+    _check_agreement(path, kind, state, flags, explicit, told)
+    network = _call(create, flags)
+    checkpoint.load_weights(network, state, path=path, flags=flags)
+    network.to(device)
+    if flags[fp16]:
+        network.convert_to_fp16()
+    return network.eval(), flags
+
+
+def _flags_of_config(path, kind, known):
+    content = checkpoint.read_config(path) or {"kind": kind, "flags": {}}
+    where = f"{checkpoint.CONFIG_NAME} beside {path}"
+    if content["kind"] != kind:
+        raise ValueError(f"{where} describes a {content['kind']} network, but a {kind} one is needed")
+    for name, value in content["flags"].items():
+        if name not in known:
+            raise ValueError(f"{where} has an unknown option {name}{config.nearest(name, known)}")
+        kinds = (int, float) if type(known[name]) is float else (type(known[name]),)
+        if type(value) not in kinds:
+            raise ValueError(f"{where}: {name} must be {kinds[-1].__name__}, not {value!r}")
+    return content["flags"]
+
+
+def _check_agreement(path, kind, state, flags, explicit, told):
+    inferred = checkpoint.infer_flags(state, flags["image_size"], flags["image_channels"], path)
+    if inferred["kind"] != kind:
+        raise ValueError(f"{path} holds a {inferred['kind']} network, but a {kind} one is needed")
+    for name, truth in checkpoint.misfits(flags, inferred).items():
+        where = f"--{name}" if name in explicit else f"{checkpoint.CONFIG_NAME} beside {path} with {name}"
+        if name in explicit or name in told:
+            raise ValueError(f"{where} {flags[name]} contradicts the weights of {path}, which say {name} {truth}")

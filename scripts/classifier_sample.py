@@ -1,0 +1,49 @@
+"""Draw images from a diffusion model, steered by a classifier of noised images towards classes."""
+
+from guided_diffusion import checkpoint, config, program
+from guided_diffusion.config import (
+    ClassifierOptions,
+    ClassifierSampleOptions,
+    DiffusionOptions,
+    ModelOptions,
+    RunOptions,
+)
+from guided_diffusion.guidance import classifier_gradient
+from guided_diffusion.script_util import open_classifier, open_diffusion
+
+# What both networks must have been trained with, or the classifier reads a noise level that is not there.
+SHARED = ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "rescale_timesteps")
+
+
+def main():
+    args = config.parse(__doc__, ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, RunOptions)
+    device, folder = program.start(args, ModelOptions, DiffusionOptions, ClassifierOptions)
+    explicit = config.explicit_flags(args)
+    model, diffusion, flags = open_diffusion(args.model_path, explicit, device)
+    classifier, classifier_flags = open_classifier(args.classifier_path, explicit, device)
+    check_fit(flags, classifier_flags)
+    class_names = (checkpoint.read_config(args.classifier_path) or {}).get("class_names")
+
+    def model_fn(x, t, y=None):
+        return model(x, t, y if flags["class_cond"] else None)
+
+    # Without guidance the classifier need not run; its labels are drawn and saved all the same.
+    cond_fn = classifier_gradient(classifier, args.classifier_scale) if args.classifier_scale else None
+    num_classes = classifier_flags["num_classes"]
+    program.write_samples(args, folder, diffusion, model_fn, flags, num_classes, class_names, cond_fn)
+
+
+def check_fit(flags, classifier_flags):
+    """Raise ValueError if the model and the classifier were made for different images, noise or classes."""
+    names = SHARED + (("num_classes",) if flags["class_cond"] else ())
+    for name in names:
+        ours, theirs = flags[name], classifier_flags.get(name, flags[name])
+        if ours != theirs:
+            raise ValueError(
+                f"the model has {name} {ours} and the classifier {name} {theirs}: a classifier guides only a model "
+                "of the same images, noise and classes"
+            )
+
+
+if __name__ == "__main__":
+    config.run_program(main)

@@ -1,0 +1,292 @@
+"""
+The main job from end to end on a CPU: real handwritten digits, an unconditional diffusion model, a classifier of noised
+digits that steers it, and a report with pictures and scores. No label ever reaches the diffusion model.
+"""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from evaluations import metrics
+from evaluations.evaluator import evaluate
+from evaluations.features import ClassifierExtractor
+from guided_diffusion import config, generate, pictures
+from guided_diffusion.config import option
+from guided_diffusion.guidance import classifier_gradient
+from guided_diffusion.script_util import open_classifier, open_diffusion
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ["--image_size", "8", "--image_channels", "1"]
+PROCESS = ["--noise_schedule", "cosine"]
+NETWORK = "--num_channels 32 --num_res_blocks 2 --attention_resolutions 4 --num_head_channels 32".split()
+CLASSIFIER = (
+    "--num_classes 10 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4"
+    " --classifier_num_head_channels 32"
+).split()
+TRAINING = "--batch_size 64 --random_flip False --num_workers 0".split()
+
+
+@dataclass
+class DemoOptions:
+    """demo"""
+
+    out: str = option("runs/demo", "folder for data, runs, samples, pictures and the report")
+    iterations: int = option(2000, "updates of the diffusion model")
+    classifier_iterations: int = option(1000, "updates of the classifier of noised digits, and of the judge")
+    num_samples: int = option(500, "digits drawn for each row of the table")
+    steps: int = option(50, "steps of ancestral sampling")
+    scales: str = option("0,1,3,6,12", "guidance scales of ancestral sampling")
+    ddim_scales: str = option("0,3,6", "guidance scales of DDIM, with half as many steps")
+    seed: int = option(0, "seed of everything random")
+
+
+@dataclass
+class Demo:
+    """The folder of one demo and the commands it ran, in order, with their seconds."""
+
+    out: Path
+    seed: int
+    commands: list = field(default_factory=list)
+
+    def run(self, script, *words):
+        """Run one of the project's programs as a stranger would; its output appears as it comes."""
+        words = [script, *map(str, words)]
+        print(f"\n$ python {shlex.join(words)}", flush=True)
+        start = time.monotonic()
+        subprocess.run([sys.executable, str(ROOT / script), *words[1:]], check=True, cwd=os.getcwd())
+        self.commands.append((f"python {shlex.join(words)}", time.monotonic() - start))
+
+
+# ----------------------------------------------------------------------------------------------------------- the work
+
+
+def train(demo, args):
+    """Write the digits; train the diffusion model, the classifier that guides and the judge that does not."""
+    data = demo.out / "data"
+    demo.run("datasets/digits.py", data, "--seed", demo.seed)
+    common = [*IMAGES, *PROCESS, *TRAINING, "--seed", demo.seed]
+    demo.run(
+        "scripts/image_train.py", "--data_dir", data / "train", *common, *NETWORK,
+        "--lr", "1e-3", "--ema_rate", "0.995", "--iterations", args.iterations,
+        "--log_interval", 100, "--save_interval", args.iterations, "--log_dir", demo.out / "model",
+    )  # fmt: skip
+    for name, noised, seed in [("classifier", True, demo.seed), ("judge", False, demo.seed + 1)]:
+        demo.run(
+            "scripts/classifier_train.py", "--data_dir", data / "train", "--val_data_dir", data / "val", *common,
+            *CLASSIFIER, "--noised", noised, "--seed", seed, "--lr", "1e-3", "--weight_decay", "0.05",
+            "--anneal_lr", True, "--iterations", args.classifier_iterations, "--eval_interval", 20,
+            "--log_interval", 100, "--save_interval", args.classifier_iterations, "--log_dir", demo.out / name,
+        )  # fmt: skip
+
+
+def draw(demo, args):
+    """One run of classifier_sample.py a row of the table: [(sampler, scale, folder)]."""
+    runs = [("DDPM", scale, str(args.steps), []) for scale in args.scales.split(",")]
+    runs += [("DDIM", scale, f"ddim{args.steps // 2}", ["--use_ddim", True]) for scale in args.ddim_scales.split(",")]
+    rows = []
+    for sampler, scale, respacing, extra in runs:
+        folder = demo.out / "samples" / f"{sampler.lower()}_scale_{scale}"
+        demo.run(
+            "scripts/classifier_sample.py", "--model_path", path_of(demo, args, "model"),
+            "--classifier_path", path_of(demo, args, "classifier"), "--classifier_scale", scale,
+            "--classes", "all", "--num_samples", args.num_samples, "--batch_size", 250,
+            "--timestep_respacing", respacing, *extra, "--seed", demo.seed, "--log_dir", folder,
+        )  # fmt: skip
+        rows.append((f"{sampler} {respacing.removeprefix('ddim')}", float(scale), next(folder.glob("samples_*.npz"))))
+    return rows
+
+
+def path_of(demo, args, name):
+    """The checkpoint of one of the three networks; of the diffusion model the averaged weights."""
+    if name == "model":
+        return demo.out / "model" / f"ema_0.995_{args.iterations:06d}.pt"
+    return demo.out / name / f"model{args.classifier_iterations:06d}.pt"
+
+
+def pack(folder, path):
+    """Write the images of a folder of digits as an npz that the evaluator reads."""
+    from PIL import Image
+
+    files = sorted(folder.glob("*.png"))
+    images = np.stack([np.array(Image.open(file)) for file in files])[..., None]  # [N,8,8,1]
+    np.savez(path, arr_0=images, arr_1=np.array([int(file.name[0]) for file in files]))
+    return path
+
+
+def score(demo, args, rows):
+    """The table, a dict a row, with real held-out digits as its first row."""
+    judge = ClassifierExtractor(str(path_of(demo, args, "judge")))
+    reference = pack(demo.out / "data" / "train", demo.out / "reference.npz")
+    held_out = pack(demo.out / "data" / "val", demo.out / "held_out.npz")
+    table = []
+    for name, scale, path in [("real, held out", None, held_out), *rows]:
+        scores = evaluate(str(reference), str(path), judge)
+        features = judge(np.load(path)["arr_0"])
+        # By the class that the judge sees, not the one asked for, lest obedience look like lost diversity.
+        seen = features.probabilities.argmax(1)
+        several = np.bincount(seen)[seen] > 1
+        spread = metrics.within_class_variance(features.pool[several], seen[several])
+        table.append({"sampler": name, "scale": scale, "path": path, "spread": spread, **scores})
+        print(f"{name:<16}{'' if scale is None else scale!s:>6}  agreement {scores['label_agreement']:.3f}  "
+              f"FD {scores['fid']:8.3f}  recall {scores['recall']:.3f}  spread {spread:.3f}", flush=True)  # fmt: skip
+    (demo.out / "scores.json").write_text(json.dumps(table, indent=2, default=str) + "\n")
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def draw_pictures(demo, args, table):
+    """Grids by scale, the reverse process, curves and the trade-off, all under pictures/."""
+    folder = demo.out / "pictures"
+    for row in table:
+        name = "real" if row["scale"] is None else f"{row['sampler'].split()[0].lower()}_scale_{row['scale']:g}"
+        row["picture"] = f"pictures/{name}.png"
+        images = np.load(row["path"])
+        asked = "" if row["scale"] is None else f", scale {row['scale']:g}: {row['label_agreement']:.1%} as asked"
+        generate.save_class_grid(
+            demo.out / row["picture"], images["arr_0"], images["arr_1"], columns=12, title=row["sampler"] + asked
+        )
+    draw_reverse_process(demo, args, best(table)["scale"], folder / "reverse_process.png")
+    loss = read_log(demo.out / "model")
+    curves = {"training loss": columns(loss, "loss")}
+    pictures.save_curves(folder / "loss.png", curves, "update", "mean square error", "Diffusion model", logy=True)
+    log, clean = read_log(demo.out / "classifier"), read_log(demo.out / "judge")
+    accuracy = {
+        "guide, noised held-out digits": columns(log, "val_acc@1"),
+        "guide, least noise quarter": columns(log, "val_acc@1_q0"),
+        "guide, most noise quarter": columns(log, "val_acc@1_q3"),
+        "judge, clean held-out digits": columns(clean, "val_acc@1"),
+    }
+    pictures.save_curves(folder / "accuracy.png", accuracy, "update", "accuracy on held-out digits", "Classifiers")
+    for measure, label in {"label_agreement": "share as asked", "recall": "recall", "spread": "spread"}.items():
+        lines = {}
+        for sampler in sorted({row["sampler"] for row in table if row["scale"] is not None}):
+            chosen = [row for row in table if row["sampler"] == sampler]
+            lines[sampler] = [row["scale"] for row in chosen], [row[measure] for row in chosen]
+        pictures.save_curves(folder / f"{measure}.png", lines, "guidance scale", label, f"{label} against scale")
+
+
+def draw_reverse_process(demo, args, scale, path, frames=10):
+    """One guided digit a class, from noise to picture."""
+    explicit = {"timestep_respacing": str(args.steps)}
+    model, diffusion, _ = open_diffusion(str(path_of(demo, args, "model")), explicit)
+    classifier, _ = open_classifier(str(path_of(demo, args, "classifier")))
+    wanted = {round(step) for step in np.linspace(args.steps - 1, 0, frames)}
+    seen = []
+
+    def watch(indices, t, x, pred):
+        if t in wanted:
+            seen.append((t, pictures.to_uint8(x)))
+
+    stream = generate.sample_stream(
+        diffusion, lambda x, t, y: model(x, t), shape=(1, 8, 8), num_samples=10, batch_size=10, seed=demo.seed,
+        labels=list(range(10)), cond_fn=classifier_gradient(classifier, scale), on_step=watch,
+    )  # fmt: skip
+    list(stream)
+    labels = [f"{args.steps - t}" for t, _ in seen]
+    title = f"The reverse process, DDPM at scale {scale:g}: picture after so many of {args.steps} steps"
+    strip = pictures.strip([x for _, x in seen], row_labels=list("0123456789"), column_labels=labels, title=title)
+    strip.save(path)
+
+
+def best(table):
+    """The row of ancestral sampling that obeys best."""
+    rows = [row for row in table if row["scale"] is not None and row["sampler"].startswith("DDPM")]
+    return max(rows, key=lambda row: row["label_agreement"])
+
+
+def read_log(folder):
+    with open(folder / "progress.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def columns(rows, name):
+    """(steps, values) of a column, where it has values."""
+    chosen = [row for row in rows if row.get(name)]
+    return [int(row["step"]) for row in chosen], [float(row[name]) for row in chosen]
+
+
+def write_report(demo, args, table):
+    """report.md: what was done, the table, the pictures, the commands."""
+    real, top = table[0], best(table)
+    free = next(row for row in table if row["scale"] == 0)
+    lines = [
+        "# Handwritten digits, drawn by a diffusion model and steered by a classifier",
+        "",
+        f"An unconditional U-Net was trained on {len(np.load(demo.out / 'reference.npz')['arr_0'])} real 8x8 digits, "
+        "without labels. A separate classifier, trained on noised digits, then steered its samples: each row of the "
+        "pictures asks for one class. A third network, the judge, was trained on clean digits and has no part in the "
+        f"sampling; on {len(np.load(real['path'])['arr_0'])} held-out real digits it is right in "
+        f"{real['label_agreement']:.1%} of cases. Below it says how many samples are of the class asked for.",
+        "",
+        f"Unguided samples are of the asked class in {free['label_agreement']:.1%} of cases, since nothing tells the "
+        f"model which one that is; at scale {top['scale']:g}, {top['label_agreement']:.1%} are.",
+        "",
+        "## Scores",
+        "",
+        f"{args.num_samples} samples a row; features are the judge's, the reference is the training set. *As asked*: "
+        "share that the judge gives the asked class. *FD*: Frechet distance of features, lower is better. *Recall*: "
+        "share of real digits that lie among the samples. *Spread*: variance of features within a class. The last two "
+        "measure diversity, which guidance spends to buy obedience.",
+        "",
+        "| sampler | scale | as asked | FD | precision | recall | spread |",
+        "|---|---|---|---|---|---|---|",
+        *[
+            f"| {row['sampler']} | {'' if row['scale'] is None else format(row['scale'], 'g')} "
+            f"| {row['label_agreement']:.1%} | {row['fid']:.2f} | {row['precision']:.2f} | {row['recall']:.2f} "
+            f"| {row['spread']:.2f} |"
+            for row in table
+        ],
+        "",
+        *[f"![{measure}](pictures/{measure}.png)" for measure in ("label_agreement", "recall", "spread")],
+        "",
+        "## Samples by scale",
+        "",
+        *[f"![{row['sampler']} {row['scale']}]({row['picture']})\n" for row in table],
+        "## From noise to digit",
+        "",
+        "![reverse process](pictures/reverse_process.png)",
+        "",
+        "## Training",
+        "",
+        "![loss](pictures/loss.png)",
+        "![accuracy](pictures/accuracy.png)",
+        "",
+        "## How it was made",
+        "",
+        "```",
+        *[f"{command}   # {seconds:.0f} s" for command, seconds in demo.commands],
+        "```",
+        "",
+        "Any row of the table again: `python evaluations/evaluator.py "
+        f"{demo.out / 'reference.npz'} {top['path']} --extractor {path_of(demo, args, 'judge')}`",
+        "",
+    ]
+    report = demo.out / "report.md"
+    report.write_text("\n".join(lines), encoding="utf-8")
+    return report
+
+
+def main():
+    args = config.parse(__doc__, DemoOptions)
+    start = time.monotonic()
+    demo = Demo(Path(args.out), args.seed)
+    demo.out.mkdir(parents=True, exist_ok=True)
+    train(demo, args)
+    table = score(demo, args, draw(demo, args))
+    draw_pictures(demo, args, table)
+    report = write_report(demo, args, table)
+    print(f"\nreport: {report} ({time.monotonic() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    config.run_program(main)

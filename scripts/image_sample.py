@@ -1,0 +1,21 @@
+"""Draw images from a diffusion model."""
+
+from guided_diffusion import checkpoint, config, program
+from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, SampleOptions
+from guided_diffusion.script_util import open_diffusion
+
+
+def main():
+    args = config.parse(__doc__, SampleOptions, ModelOptions, DiffusionOptions, RunOptions)
+    device, folder = program.start(args, ModelOptions, DiffusionOptions)
+    model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
+    config.check_classes(flags, args.classes)
+    num_classes, class_names = 0, None
+    if flags["class_cond"]:
+        num_classes = flags["num_classes"]
+        class_names = (checkpoint.read_config(args.model_path) or {}).get("class_names")
+    program.write_samples(args, folder, diffusion, model, flags, num_classes, class_names)
+
+
+if __name__ == "__main__":
+    config.run_program(main)

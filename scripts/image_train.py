@@ -1,0 +1,40 @@
+"""Train a diffusion model on images."""
+
+from guided_diffusion import checkpoint, config, dist_util, program
+from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.train_util import TrainLoop
+
+
+def main():
+    args = config.parse(__doc__, TrainOptions, ModelOptions, DiffusionOptions, RunOptions)
+    device, folder = program.start(args)
+    flags = program.network_flags(args, args.resume_checkpoint, ModelOptions, DiffusionOptions)
+    model, diffusion = create_model_and_diffusion(**flags)
+    data = program.open_data(
+        args,
+        flags,
+        args.data_dir,
+        class_cond=flags["class_cond"],
+        random_crop=args.random_crop,
+        random_flip=args.random_flip,
+    )
+    if dist_util.is_main():
+        checkpoint.write_config(folder, "diffusion", flags, class_names=data.class_names)
+    TrainLoop(
+        model=model.to(device),
+        diffusion=diffusion,
+        data=data,
+        use_fp16=flags["use_fp16"],
+        fp16_scale_growth=args.fp16_scale_growth,
+        schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
+        ema_rate=args.ema_rate,
+        ema_warmup=args.ema_warmup,
+        lr_anneal_steps=args.lr_anneal_steps,
+        **program.loop_options(args),
+    ).run_loop()
+
+
+if __name__ == "__main__":
+    config.run_program(main)

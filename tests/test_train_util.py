@@ -1,0 +1,382 @@
+"""The training loop against a second implementation, closed forms, and bad steps."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from torch import nn
+
+from guided_diffusion import checkpoint, logger
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.train_util import (
+    ClassifierTask,
+    DiffusionTask,
+    Trainer,
+    TrainLoop,
+    compute_top_k,
+    parse_ema_rates,
+)
+from guided_diffusion.unet import UNetModel
+
+DIFFUSION = GaussianDiffusion(
+    betas=get_named_beta_schedule("linear", 40),
+    model_mean_type=ModelMeanType.EPSILON,
+    model_var_type=ModelVarType.FIXED_LARGE,
+    loss_type=LossType.MSE,
+)
+
+
+class Net(nn.Module):
+    """A tiny network on vectors, for denoising or (classes > 0) classification."""
+
+    def __init__(self, classes=0):
+        super().__init__()
+        th.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, classes or 4))
+
+    def forward(self, x, t, y=None):
+        return self.body(th.cat([x, t[:, None].float() / 40], 1))
+
+
+def batches(size=8, seed=0):
+    """The same few batches again and again, with labels."""
+    rng = np.random.default_rng(seed)
+    x = th.from_numpy(rng.normal(size=(3, size, 4)).astype(np.float32))
+    y = th.from_numpy(rng.integers(3, size=(3, size)))
+    while True:
+        for k in range(3):
+            yield x[k], {"y": y[k]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with logger.scoped_configure(dir=str(tmp_path), format_strs=["csv"]):
+        yield tmp_path
+
+
+def train(folder, steps, net=None, task=None, data=None, **options):
+    task = task or DiffusionTask(net or Net(), DIFFUSION)
+    options = {"batch_size": 8, "lr": 1e-2, "log_interval": 1, "save_interval": 1000, **options}
+    trainer = Trainer(task, data or batches(), iterations=steps, **options)
+    trainer.run_loop()
+    return trainer
+
+
+def weights(trainer):
+    return th.cat([p.detach().float().flatten() for p in trainer.mp_trainer.master_params])
+
+
+def rows(folder):
+    with open(folder / "progress.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_second_implementation_of_the_loop_agrees(folder):
+    """Plain AdamW on the same draws: the file named 4 holds exactly 4 updates."""
+    train(folder, 4, weight_decay=0.1)
+    net = Net()
+    opt = th.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    data = batches()
+    for step in range(4):
+        rng = np.random.default_rng((0, step, 0))
+        th.manual_seed(int(rng.integers(2**63)))
+        x0, _ = next(data)
+        t = th.from_numpy(rng.choice(40, size=(8,), p=np.ones(40) / 40))
+        noise = th.randn_like(x0)
+        abar = th.from_numpy(DIFFUSION.alphas_cumprod)[t].float()[:, None]
+        loss = ((net(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, t) - noise) ** 2).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    saved = checkpoint.load(folder / "model000004.pt")
+    for name, value in net.state_dict().items():
+        th.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in folder.glob("*.pt")) == ["model000004.pt", "opt000004.pt"]
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 8, -1, 100])
+def test_the_microbatch_changes_nothing(folder, microbatch):
+    """The original summed the microbatches' gradients: here they are averaged over the batch."""
+    whole = weights(train(folder, 3))
+    th.testing.assert_close(weights(train(folder, 3, microbatch=microbatch)), whole, rtol=0, atol=2e-6)
+
+
+def test_gradient_norm_does_not_depend_on_the_microbatch(folder):
+    for microbatch in (8, 2):
+        train(folder, 1, microbatch=microbatch)
+    first, second = (float(row["grad_norm"]) for row in rows(folder))
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_same_seed_same_run_and_another_seed_another(folder):
+    first, again, other = (weights(train(folder, 3, seed=seed)) for seed in (0, 0, 1))
+    assert th.equal(first, again) and not th.equal(first, other)
+
+
+# --------------------------------------------------------------------------------------------- rates, limits, averages
+
+def test_constant_rate_for_a_fixed_number_of_steps(folder):
+    train(folder, 5)
+    assert [float(row["lr"]) for row in rows(folder)] == [1e-2] * 5
+    assert [int(row["step"]) for row in rows(folder)] == [1, 2, 3, 4, 5]
+    assert [int(row["samples"]) for row in rows(folder)] == [8, 16, 24, 32, 40]
+
+
+def test_annealing_falls_linearly_to_zero_and_stops(folder):
+    train(folder, 0, lr_anneal_steps=4)
+    np.testing.assert_allclose([float(row["lr"]) for row in rows(folder)], [1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+def test_averages_follow_the_closed_form(folder):
+    """With the warm-up the decay is min(rate, (1 + s) / (10 + s)) for the update that follows s others."""
+    for warmup in (True, False):
+        snapshots = [weights(train(folder, n)) for n in range(1, 5)]
+        start = th.cat([p.flatten() for p in Net().parameters()]).detach()
+        expected = start
+        for s, value in enumerate(snapshots):
+            rate = min(0.9, (1 + s) / (10 + s)) if warmup else 0.9
+            expected = rate * expected + (1 - rate) * value
+        trainer = train(folder, 4, ema_rates=[0.9], ema_warmup=warmup)
+        ours = th.cat([p.detach().flatten() for p in trainer.ema_params[0]])
+        th.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_a_decay_of_zero_keeps_a_file_of_its_own(folder):
+    train(folder, 2, ema_rates=parse_ema_rates("0,0.5"))
+    names = sorted(path.name for path in folder.glob("*.pt"))
+    assert names == ["ema_0.0_000002.pt", "ema_0.5_000002.pt", "model000002.pt", "opt000002.pt"]
+    now, copy = checkpoint.load(folder / "model000002.pt"), checkpoint.load(folder / "ema_0.0_000002.pt")
+    assert all(th.equal(now[name], copy[name]) for name in now)
+
+
+def test_checkpoints_are_written_at_the_interval_and_at_the_end_once(folder):
+    train(folder, 6, save_interval=3)
+    assert sorted(path.name for path in folder.glob("model*")) == ["model000003.pt", "model000006.pt"]
+    train(folder, 5, save_interval=4)
+    assert (folder / "model000005.pt").exists() and (folder / "model000004.pt").exists()
+
+
+def test_gradient_clipping_bounds_the_update(folder):
+    class Sgd(th.optim.SGD):
+        def __init__(self, params, lr, weight_decay):
+            super().__init__(params, lr=lr)
+
+    before = th.cat([p.flatten() for p in Net().parameters()]).detach()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(th.optim, "AdamW", Sgd)
+        moved = weights(train(folder, 1, grad_clip=0.01, lr=1.0)) - before
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+def test_resumed_training_is_the_uninterrupted_one(folder):
+    options = {"ema_rates": [0.9], "lr_anneal_steps": 6}
+    whole = train(folder, 0, **options)
+    data = batches()
+    train(folder, 3, data=data, **options)
+    resumed = train(folder, 0, data=data, resume_checkpoint=str(folder / "model000003.pt"), **options)
+    assert th.equal(weights(whole), weights(resumed))
+    assert all(th.equal(a, b) for a, b in zip(whole.ema_params[0], resumed.ema_params[0]))
+
+
+def test_a_new_rate_takes_effect_on_resume(folder):
+    train(folder, 2)
+    train(folder, 3, lr=5e-4, resume_checkpoint=str(folder / "model000002.pt"))
+    assert float(rows(folder)[-1]["lr"]) == 5e-4 and int(rows(folder)[-1]["step"]) == 3
+
+
+def test_missing_companions_are_said_and_started_anew(folder, capsys):
+    train(folder, 2, ema_rates=[0.9])
+    (folder / "opt000002.pt").unlink()
+    (folder / "ema_0.9_000002.pt").unlink()
+    with logger.scoped_configure(dir=str(folder), format_strs=["stdout"]):
+        resumed = train(folder, 2, ema_rates=[0.9], resume_checkpoint=str(folder / "model000002.pt"))
+    said = capsys.readouterr().out
+    assert "ema_0.9_000002.pt is missing" in said and "opt000002.pt is missing" in said
+    state = checkpoint.load(folder / "model000002.pt")
+    assert th.equal(resumed.ema_params[0][0], state["body.0.weight"])
+
+
+def test_an_optimizer_of_another_network_is_refused(folder):
+    train(folder, 1)
+    other = th.optim.AdamW([th.zeros(3, requires_grad=True)])
+    checkpoint.save(other.state_dict(), folder / "opt000001.pt")
+    with pytest.raises(ValueError, match=r"does not fit this network.*opt000001\.pt"):
+        train(folder, 2, resume_checkpoint=str(folder / "model000001.pt"))
+
+
+# ----------------------------------------------------------------------------------------------------------- bad steps
+
+def poisoned(*bad):
+    for number, (x, cond) in enumerate(batches()):
+        yield (x * math.nan if number in bad else x), cond
+
+
+def test_a_bad_step_is_skipped_and_counted(folder):
+    trainer = train(folder, 1, ema_rates=[0.5])
+    good = train(folder, 2, data=poisoned(1), ema_rates=[0.5])
+    assert th.equal(weights(good), weights(trainer))
+    assert th.equal(good.ema_params[0][0], trainer.ema_params[0][0])
+    assert rows(folder)[-1]["skipped_steps"] == "1" and good.step == 2
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(folder):
+    with pytest.raises(ArithmeticError, match=r"3 updates in a row, up to update 6.*\(update 4\).*--grad_clip 1"):
+        train(folder, 20, data=poisoned(1, 3, 4, 5), max_bad_steps=3, save_interval=2)
+    saved = checkpoint.load(folder / "model000004.pt")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- 16 bits
+
+def unet(**options):
+    th.manual_seed(0)
+    net = UNetModel(image_size=8, in_channels=1, model_channels=32, out_channels=1, num_res_blocks=1,
+                    attention_resolutions=(), channel_mult=(1,), **options)  # fmt: skip
+    nn.init.normal_(net.out[2].weight, std=0.05)
+    return net
+
+
+def pictures():
+    x = th.rand(4, 1, 8, 8, generator=th.Generator().manual_seed(0)) * 2 - 1
+    while True:
+        yield x, {}
+
+
+def test_s08_15_and_39_half_precision_training_saves_float32_and_grows_its_scale(folder):
+    options = {"data": pictures(), "batch_size": 4, "ema_rates": [0.5]}
+    assert Trainer(DiffusionTask(unet(), DIFFUSION), use_fp16=True, **options).mp_trainer.lg_loss_scale == 20
+    trainer = train(folder, 3, net=unet(), use_fp16=True, initial_lg_loss_scale=10.0, **options)
+    assert trainer.task.net.input_blocks[0][0].weight.dtype == th.float16
+    for name in ("model000003.pt", "ema_0.5_000003.pt"):
+        assert {value.dtype for value in checkpoint.load(folder / name).values()} == {th.float32}
+    assert trainer.mp_trainer.lg_loss_scale == pytest.approx(10 + 3 * 1e-3)
+    saved = checkpoint.load(folder / "model000003.pt")
+    half = trainer.task.net.state_dict()["input_blocks.0.0.weight"]
+    assert th.equal(saved["input_blocks.0.0.weight"].half(), half)
+    assert not th.equal(saved["input_blocks.0.0.weight"], half.float())  # the master keeps what half precision lost
+    opt16 = checkpoint.load(folder / "opt000003.pt")
+    train(folder, 3, net=unet(), **options)
+    opt32 = checkpoint.load(folder / "opt000003.pt")
+    shapes16, shapes32 = ([v["exp_avg"].shape for v in opt["state"].values()] for opt in (opt16, opt32))
+    assert shapes16 == shapes32  # one entry a parameter: optimizer files fit both precisions
+
+
+def test_half_precision_gradients_are_the_full_ones_to_half_precision():
+    grads = []
+    for use_fp16 in (True, False):
+        trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, use_fp16=use_fp16,
+                          initial_lg_loss_scale=10.0)  # fmt: skip
+        trainer.forward_backward(*next(pictures()))
+        scale = 2**trainer.mp_trainer.lg_loss_scale
+        grads.append(th.cat([p.grad.float().flatten() / scale for p in trainer.mp_trainer.model_params]))
+    assert (grads[0] - grads[1]).norm() < 5e-3 * grads[1].norm()
+
+
+def test_overflow_halves_the_scale_and_skips(folder):
+    trainer = train(folder, 1, net=unet(), data=pictures(), batch_size=4, use_fp16=True, initial_lg_loss_scale=60.0)
+    assert trainer.mp_trainer.lg_loss_scale == 59 and trainer.mp_trainer.skipped == 1
+    th.testing.assert_close(weights(trainer), th.cat([p.detach().flatten() for p in unet().parameters()]))
+
+
+# ------------------------------------------------------------------------------------------------- classifier and log
+
+def test_top_k_counts():
+    logits = th.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [3, 2, 1, 0]])
+    y = th.tensor([0, 2, 3])
+    assert compute_top_k(logits, y, 1, reduction="none").tolist() == [1, 0, 0]
+    assert compute_top_k(logits, y, 2) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("noised", [True, False])
+def test_s08_38_classifier_training_ignores_importance_weights(folder, noised):
+    class Everything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(th.tensor([0.5, 0.0, 0.0]))
+            self.seen = []
+
+        def forward(self, x, t):
+            self.seen.append((x, t))
+            return self.logits.expand(len(x), 3)
+
+    sampler = create_named_schedule_sampler("loss-second-moment", DIFFUSION)
+    sampler._loss_history[:] = np.linspace(1, 50, 40)[:, None]
+    sampler._loss_counts[:] = 10
+    net = Everything()
+    task = ClassifierTask(net, DIFFUSION, sampler, noised=noised)
+    train(folder, 1, task=task, val_data=batches(seed=1), eval_interval=1)
+    row = rows(folder)[-1]
+    x, y = next(batches())
+    expected = -th.log_softmax(th.tensor([0.5, 0.0, 0.0]), 0)[y["y"]].mean()
+    assert float(row["train_loss"]) == pytest.approx(expected.item(), rel=1e-5)
+    assert float(row["train_acc@1"]) == pytest.approx((y["y"] == 0).float().mean().item())
+    assert float(row["train_acc@3"]) == 1.0 and "val_loss" in row and "val_acc@1" in row
+    if noised:
+        assert net.seen[0][1].unique().numel() > 2 and not th.equal(net.seen[0][0], x)
+    else:
+        assert (net.seen[0][1] == 0).all() and th.equal(net.seen[0][0], x)
+
+
+def test_s08_49_quartiles_of_the_kept_steps(folder):
+    class Fixed(DiffusionTask):
+        def draw(self, n, device, rng):
+            return th.tensor([0, 9, 10, 20, 29, 30, 39, 39]), th.tensor([1.0, 3, 1, 1, 1, 1, 1, 4])
+
+        def loss(self, net, x0, cond, t, noise):
+            return {"loss": t + 0.0 * net(x0, t).sum(1)}
+
+    train(folder, 1, task=Fixed(Net(), DIFFUSION))
+    row = {key: float(value) for key, value in rows(folder)[0].items() if key.startswith("loss")}
+    expected = {"loss_q0": 27 / 2, "loss_q1": 10, "loss_q2": 49 / 2, "loss_q3": (30 + 39 + 156) / 3}
+    assert row == pytest.approx({**expected, "loss": (27 + 10 + 49 + 225) / 8}, rel=1e-5)
+
+
+def test_train_loop_keeps_the_originals_arguments(folder):
+    loop = TrainLoop(
+        model=Net(), diffusion=DIFFUSION, data=batches(), batch_size=8, microbatch=-1, lr=1e-3, ema_rate="0.9,0.99",
+        log_interval=1, save_interval=2, resume_checkpoint="", use_fp16=False, fp16_scale_growth=1e-3,
+        schedule_sampler=None, weight_decay=0.0, lr_anneal_steps=2,
+    )  # fmt: skip
+    loop.run_loop()
+    assert {path.name for path in folder.glob("*.pt")} == {
+        "model000002.pt", "opt000002.pt", "ema_0.9_000002.pt", "ema_0.99_000002.pt",
+    }  # fmt: skip
+
+
+def test_the_loss_aware_sampler_learns_during_training(folder):
+    sampler = create_named_schedule_sampler("loss-second-moment", DIFFUSION)
+    train(folder, 3, task=DiffusionTask(Net(), DIFFUSION, sampler))
+    assert sampler._loss_counts.sum() == 24
+
+
+def test_the_launch_test_variable_stops_after_the_first_save(folder, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")
+    assert train(folder, 50, save_interval=2).step == 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+    ({"log_interval": 0}, "log_interval"),
+    ({"save_interval": -3}, "save_interval.*-3"),
+    ({"ema_rates": [1.5]}, "ema_rate.*1.5"),
+])  # fmt: skip
+def test_bad_options_are_named(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(folder, 1, **options)
+
+
+def test_unreadable_ema_rate():
+    assert parse_ema_rates("0.999, 0.9999") == [0.999, 0.9999] and parse_ema_rates(0.5) == [0.5]
+    with pytest.raises(ValueError, match="'fast'"):
+        parse_ema_rates("fast")
