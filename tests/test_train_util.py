@@ -80,7 +80,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def test_a_second_implementation_of_the_loop_agrees(folder):
+def test_s08_42_a_second_implementation_of_the_loop_agrees(folder):
     """Plain AdamW on the same draws: the file named 4 holds exactly 4 updates."""
     train(folder, 4, weight_decay=0.1)
     net = Net()
@@ -136,7 +136,7 @@ def test_annealing_falls_linearly_to_zero_and_stops(folder):
     np.testing.assert_allclose([float(row["lr"]) for row in rows(folder)], [1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 
-def test_averages_follow_the_closed_form(folder):
+def test_s08_41_averages_follow_the_closed_form(folder):
     """With the warm-up the decay is min(rate, (1 + s) / (10 + s)) for the update that follows s others."""
     for warmup in (True, False):
         snapshots = [weights(train(folder, n)) for n in range(1, 5)]
@@ -222,7 +222,7 @@ def poisoned(*bad):
         yield (x * math.nan if number in bad else x), cond
 
 
-def test_a_bad_step_is_skipped_and_counted(folder):
+def test_s08_40_a_bad_step_is_skipped_and_counted(folder):
     trainer = train(folder, 1, ema_rates=[0.5])
     good = train(folder, 2, data=poisoned(1), ema_rates=[0.5])
     assert th.equal(weights(good), weights(trainer))

@@ -1,0 +1,114 @@
+"""README and docs say what runs: every command and every block of Python in them is run here, at tiny size."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "datasets" / "README.md"]
+
+# From the sizes in the text to sizes that take seconds. Names of files shrink with the counts in them.
+TINY = [
+    (r"--(iterations|save_interval) (\d)000\b", r"--\1 \2"),
+    (r"_?00(\d)000\.pt", lambda m: m[0].replace(f"00{m[1]}000", f"00000{m[1]}")),
+    (r"--num_samples 100\b", "--num_samples 6"),
+    (r"samples_500x", "samples_20x"),
+    (r"--batch_size \d+", "--batch_size 4"),
+    (r"--timestep_respacing (ddim)?\d+", r"--timestep_respacing \g<1>5"),
+]
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(path):
+    return [line for block in blocks(path, "bash") for line in block.splitlines() if line.strip()]
+
+
+def tiny(command):
+    for pattern, replacement in TINY:
+        command = re.sub(pattern, replacement, command)
+    return command
+
+
+def shell(command, folder):
+    env = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder that looks like a fresh clone to the commands."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("scripts", "datasets", "evaluations"):
+        os.symlink(ROOT / name, folder / name)
+    return folder
+
+
+def test_the_demo_and_every_command_of_the_readme(clone):
+    said = shell(
+        "python scripts/demo.py --iterations 2 --classifier_iterations 1 --num_samples 20 --steps 4 --scales 0,3"
+        " --ddim_scales 3",
+        clone,
+    )
+    assert "report: runs/demo/report.md" in said
+    report = (clone / "runs/demo/report.md").read_text()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", report)
+    assert len(pictures) == 9 and all((clone / "runs/demo" / picture).stat().st_size > 3000 for picture in pictures)
+    assert report.count("\n| DDPM 4 |") == 2 and report.count("\n| DDIM 2 |") == 1
+
+    ran = 0
+    for command in commands(ROOT / "datasets" / "README.md") + commands(ROOT / "README.md"):
+        if command.startswith("make "):
+            subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True)
+        else:
+            shell(tiny(command), clone)
+            ran += 1
+    assert ran == 11
+    assert (clone / "runs/digits/model000004.pt").exists()  # resumed at 2 and gone on to 4
+    assert (clone / "runs/digits_guided/samples_6x8x8x1.npz").exists()
+    assert (clone / "runs/digits_mpi/model000002.pt").exists() and (clone / "runs/demo/scale_3.json").exists()
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_in_the_docs_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(path, "python")
+    if found:
+        exec(compile("\n".join(found), str(path), "exec"), {"__name__": "docs"})
+    assert found or path.name in ("training.md", "differences.md")
+
+
+def test_links_lead_somewhere():
+    for path in DOCS:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} points to {target}"
+
+
+def test_every_statement_about_the_original_has_a_test_or_a_reason():
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    numbers = re.findall(r"def test_s08_(\w+)", tests)
+    tested = {int(n) for name in numbers for n in re.findall(r"(?:^|_(?:and_)?)(\d\d)(?=_)", name)}
+    differences = (ROOT / "docs" / "differences.md").read_text()
+    explained = {int(n) for n in re.findall(r"^\| (\d\d?) \|", differences, re.MULTILINE)}
+    assert sorted(set(range(1, 66)) - tested - explained) == []
+
+
+def test_every_flag_that_the_docs_name_exists():
+    import dataclasses
+
+    from guided_diffusion import config
+
+    known = {field.name for group in vars(config).values() if dataclasses.is_dataclass(group)
+             for field in dataclasses.fields(group)}  # fmt: skip
+    foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device"}
+    for path in DOCS:
+        named = set(re.findall(r"(?<![\w-])--([a-z_]+)", path.read_text()))
+        assert named <= known | foreign, f"{path.name}: {named - known - foreign}"
