@@ -335,11 +335,6 @@ def describe(args):
     )
 
 
-def print_config(args):
-    """Print every option with its value."""
-    print(describe(args), flush=True)
-
-
 def run_program(main):
     """
     Run a program: bad input ends it with one line on stderr and exit code 2, an interrupt with 130.

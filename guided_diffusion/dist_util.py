@@ -118,14 +118,6 @@ def gather_objects(obj):
     return gathered
 
 
-def mean_over_ranks(values):
-    """{name: mean over the ranks that have this name} of {name: number}, the same on every rank. Collective."""
-    gathered = gather_objects({name: float(value) for name, value in values.items()})
-    names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
-    present = {name: [of_rank[name] for of_rank in gathered if name in of_rank] for name in names}
-    return {name: sum(numbers) / len(numbers) for name, numbers in present.items()}
-
-
 def load_state_dict(path, **kwargs):
     """`checkpoint.load`, read by the calling rank alone: any one rank may call it."""
     from . import checkpoint

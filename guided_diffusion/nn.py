@@ -113,6 +113,14 @@ def checkpoint(func, inputs, params, flag):
     return func(*inputs)
 
 
+class CheckpointFunction:
+    """`checkpoint` as code written for the original may call it: apply(func, len(inputs), *inputs, *params)."""
+
+    @staticmethod
+    def apply(func, length, *args):
+        return checkpoint(func, args[:length], args[length:], True)
+
+
 def convert_module_to_f16(module):
     """Convert the parameters of a convolution to float16; leave any other module alone. For `Module.apply`."""
     if isinstance(module, tuple(_CONVS.values())):

@@ -27,15 +27,6 @@ def to_uint8(x):
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [N,H,W,C]
 
 
-def from_uint8(images):
-    """
-    uint8 [N,H,W,C], tensor or array -> float32 [N,C,H,W] in [-1,1], the values that the data loader gives.
-
-    Back through `to_uint8` a pixel is what it was or, where x is rounded downward, one level darker.
-    """
-    return (torch.as_tensor(images).to(torch.float32) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()  # [N,C,H,W]
-
-
 def grid(images, columns, row_labels=None, column_labels=None, title=None, tile=48, gap=4):
     """
     A PIL image with `images` in rows of `columns`, each enlarged by a whole factor until its longer side is `tile`
@@ -94,7 +85,7 @@ def save_curves(path, curves, xlabel, ylabel, title, logy=False):
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)  # where it hides no line
     _make_folder(path)
     figure.savefig(path)
 

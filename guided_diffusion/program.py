@@ -35,6 +35,14 @@ def network_flags(args, resume_checkpoint, *groups):
     return flags
 
 
+def log_network(path, flags):
+    """Log what a checkpoint turned out to be: its options that are not the defaults."""
+    groups = config.ModelOptions, config.ClassifierOptions, config.DiffusionOptions
+    usual = config.defaults(*groups)
+    told = [f"{name} {value}" for name, value in flags.items() if value != usual[name]]
+    logger.log(f"{path}: {', '.join(told) or 'all options at their defaults'}")
+
+
 def open_data(args, flags, data_dir, **how):
     """The stream of training images that a program's options ask for, and a line of the log that says what it is."""
     data = load_data(
@@ -65,6 +73,16 @@ def loop_options(args):
     names = "batch_size microbatch lr weight_decay iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed"
     return {name: getattr(args, name) for name in names.split()} | {"progress": True}
+
+
+def run(main):
+    """Run a program's main; see `config.run_program` for its errors."""
+
+    def leave_together():
+        main()
+        dist_util.finish()
+
+    config.run_program(leave_together)
 
 
 def write_samples(args, folder, diffusion, model, flags, num_classes, class_names, cond_fn=None):

@@ -237,10 +237,9 @@ def test_flags_of_selects_the_options_of_the_groups():
     assert config.flags_of(args, ModelOptions) == MODEL | DATA | {"image_size": 8}
 
 
-def test_the_listing_is_aligned_and_marks_what_was_typed(capsys):
+def test_the_listing_is_aligned_and_marks_what_was_typed():
     args = sample_args("--num_samples", "5")
-    config.print_config(args)
-    lines = capsys.readouterr().out.splitlines()
+    lines = config.describe(args).splitlines()
     assert len(lines) == len(config.options(*IMAGE_SAMPLE))
     assert "* num_samples              5" in lines
     assert "  noise_schedule           'linear'" in lines

@@ -1,6 +1,7 @@
 """The plan of the house: who may import whom, and nothing said twice."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -99,3 +100,19 @@ def test_functions_are_short_enough_to_read_beside_the_paper():
             if isinstance(node, ast.FunctionDef):
                 lengths.append(node.end_lineno - node.lineno + 1)
     assert max(lengths) <= 60 and sorted(lengths)[len(lengths) // 2] <= 12
+
+
+def test_a_plain_pip_install_installs_the_code(tmp_path):
+    """The original's setup.py installed metadata only."""
+    tree = tmp_path / "tree"
+    wanted = ["setup.py", "pyproject.toml", "README.md", "guided_diffusion", "evaluations"]
+    for name in wanted:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        tree.mkdir(exist_ok=True)
+        copy(ROOT / name, tree / name)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(tree)], check=True, capture_output=True)
+    installed = {path.name for path in (tmp_path / "site").iterdir() if path.suffix != ".dist-info"} - {"bin"}
+    assert installed == {"guided_diffusion", "evaluations"}  # `datasets` and `scripts` would hide other packages
+    sources = {path.name for path in PACKAGE.glob("*.py")}
+    assert {path.name for path in (tmp_path / "site" / "guided_diffusion").glob("*.py")} == sources

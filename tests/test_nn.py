@@ -222,3 +222,11 @@ def test_only_convolutions_are_converted():
     assert {p.dtype for p in modules[3].parameters()} == {torch.float32}
     modules.apply(nn.convert_module_to_f32)
     assert {p.dtype for p in modules.parameters()} == {torch.float32}
+
+
+def test_the_original_name_of_recomputation_still_works():
+    x, w = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    out = nn.CheckpointFunction.apply(lambda x: (x * w).sin(), 1, x, w)
+    by_hand = torch.autograd.grad((x * w).sin().sum(), (x, w))
+    for ours, theirs in zip(torch.autograd.grad(out.sum(), (x, w)), by_hand):
+        assert torch.equal(ours, theirs)

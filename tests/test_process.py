@@ -388,6 +388,32 @@ def test_loops_keep_the_original_signatures():
     assert "ddim_sample_loop_progressive" in GaussianDiffusion.ddim_sample_loop.__doc__
 
 
+SIGNATURES = {
+    "q_mean_variance": "x_start t",
+    "q_sample": "x_start t noise",
+    "q_posterior_mean_variance": "x_start x_t t",
+    "p_mean_variance": "model x t clip_denoised denoised_fn model_kwargs",
+    "condition_mean": "cond_fn p_mean_var x t model_kwargs",
+    "condition_score": "cond_fn p_mean_var x t model_kwargs",
+    "p_sample": "model x t clip_denoised denoised_fn cond_fn model_kwargs",
+    "ddim_sample": "model x t clip_denoised denoised_fn cond_fn model_kwargs eta",
+    "ddim_reverse_sample": "model x t clip_denoised denoised_fn model_kwargs eta",
+    "training_losses": "model x_start t model_kwargs noise",
+    "calc_bpd_loop": "model x_start clip_denoised model_kwargs",
+    "_vb_terms_bpd": "model x_start x_t t clip_denoised model_kwargs",
+}
+DEFAULTS = {"clip_denoised": True, "eta": 0.0} | dict.fromkeys(["denoised_fn", "cond_fn", "model_kwargs", "noise"])
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_methods_keep_the_original_signatures(name):
+    parameters = inspect.signature(getattr(SpacedDiffusion, name)).parameters
+    assert " ".join(list(parameters)[1:]) == SIGNATURES[name]
+    for parameter in list(parameters.values())[1:]:
+        if not (name.startswith("condition") and parameter.name == "cond_fn"):
+            assert parameter.default == DEFAULTS.get(parameter.name, parameter.empty), parameter.name
+
+
 def test_progress_bar_and_start_noise(capsys):
     start = th.randn(1, 1, 2, 2)
     steps = list(make(25).ddim_sample_loop_progressive(constant_eps, (1, 1, 2, 2), noise=start, progress=True))
