@@ -22,6 +22,9 @@ def main():
     model, diffusion, flags = open_diffusion(args.model_path, explicit, device)
     classifier, classifier_flags = open_classifier(args.classifier_path, explicit, device)
     check_fit(flags, classifier_flags)
+    classifier.requires_grad_(False)  # only the gradient with respect to the image is wanted
+    program.log_network(args.model_path, flags)
+    program.log_network(args.classifier_path, classifier_flags)
     class_names = (checkpoint.read_config(args.classifier_path) or {}).get("class_names")
 
     def model_fn(x, t, y=None):
@@ -46,4 +49,4 @@ def check_fit(flags, classifier_flags):
 
 
 if __name__ == "__main__":
-    config.run_program(main)
+    program.run(main)

@@ -5,7 +5,6 @@ digits that steers it, and a report with pictures and scores. No label ever reac
 
 import csv
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -61,7 +60,9 @@ class Demo:
         words = [script, *map(str, words)]
         print(f"\n$ python {shlex.join(words)}", flush=True)
         start = time.monotonic()
-        subprocess.run([sys.executable, str(ROOT / script), *words[1:]], check=True, cwd=os.getcwd())
+        done = subprocess.run([sys.executable, str(ROOT / script), *words[1:]])
+        if done.returncode:
+            raise ValueError(f"{script} ended with exit code {done.returncode}; what it said stands above")
         self.commands.append((f"python {shlex.join(words)}", time.monotonic() - start))
 
 
@@ -167,7 +168,7 @@ def draw_pictures(demo, args, table):
         "judge, clean held-out digits": columns(clean, "val_acc@1"),
     }
     pictures.save_curves(folder / "accuracy.png", accuracy, "update", "accuracy on held-out digits", "Classifiers")
-    for measure, label in {"label_agreement": "share as asked", "recall": "recall", "spread": "spread"}.items():
+    for measure, label in {"label_agreement": "share as asked", "recall": "recall"}.items():
         lines = {}
         for sampler in sorted({row["sampler"] for row in table if row["scale"] is not None}):
             chosen = [row for row in table if row["sampler"] == sampler]
@@ -193,7 +194,7 @@ def draw_reverse_process(demo, args, scale, path, frames=10):
     )  # fmt: skip
     list(stream)
     labels = [f"{args.steps - t}" for t, _ in seen]
-    title = f"The reverse process, DDPM at scale {scale:g}: picture after so many of {args.steps} steps"
+    title = f"After so many of {args.steps} steps (DDPM, scale {scale:g})"
     strip = pictures.strip([x for _, x in seen], row_labels=list("0123456789"), column_labels=labels, title=title)
     strip.save(path)
 
@@ -235,23 +236,24 @@ def write_report(demo, args, table):
         "",
         f"{args.num_samples} samples a row; features are the judge's, the reference is the training set. *As asked*: "
         "share that the judge gives the asked class. *FD*: Frechet distance of features, lower is better. *Recall*: "
-        "share of real digits that lie among the samples. *Spread*: variance of features within a class. The last two "
-        "measure diversity, which guidance spends to buy obedience.",
+        "share of real digits that lie among the samples, the diversity that guidance spends to buy obedience. "
+        "*Spread*: variance of features within the classes that the judge sees; ambiguous digits raise it, strong "
+        "guidance lowers it.",
         "",
         "| sampler | scale | as asked | FD | precision | recall | spread |",
         "|---|---|---|---|---|---|---|",
         *[
             f"| {row['sampler']} | {'' if row['scale'] is None else format(row['scale'], 'g')} "
-            f"| {row['label_agreement']:.1%} | {row['fid']:.2f} | {row['precision']:.2f} | {row['recall']:.2f} "
+            f"| {row['label_agreement']:.1%} | {row['fid']:.3f} | {row['precision']:.2f} | {row['recall']:.2f} "
             f"| {row['spread']:.2f} |"
             for row in table
         ],
         "",
-        *[f"![{measure}](pictures/{measure}.png)" for measure in ("label_agreement", "recall", "spread")],
+        *[f"![{measure}](pictures/{measure}.png)" for measure in ("label_agreement", "recall")],
         "",
         "## Samples by scale",
         "",
-        *[f"![{row['sampler']} {row['scale']}]({row['picture']})\n" for row in table],
+        *[f"![{row['picture']}]({row['picture']})\n" for row in table],
         "## From noise to digit",
         "",
         "![reverse process](pictures/reverse_process.png)",

@@ -9,6 +9,7 @@ def main():
     args = config.parse(__doc__, SampleOptions, ModelOptions, DiffusionOptions, RunOptions)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
+    program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
     num_classes, class_names = 0, None
     if flags["class_cond"]:
@@ -18,4 +19,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run_program(main)
+    program.run(main)

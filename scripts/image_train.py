@@ -37,4 +37,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run_program(main)
+    program.run(main)
