@@ -6,6 +6,7 @@ A path with "://" in it (gs://, az://, https://) is read and written by blobfile
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -151,9 +152,10 @@ def load(path, map_location="cpu"):
         with _reading(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
             return torch.load(file, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a broken file can fail anywhere, in any way
+        # torch seeks before the start of a file that is cut short (EINVAL); other such errors are those of the disk.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(_why_unreadable(path, error)) from error
 
 
@@ -172,6 +174,11 @@ def _why_unreadable(path, error):
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
+# What a network computes does not depend on these, so a later run in the same folder may change them.
+PASSING = (
+    "dropout classifier_dropout use_checkpoint use_fp16 classifier_use_fp16 timestep_respacing use_kl"
+    " rescale_learned_sigmas"
+).split()
 
 
 def write_config(folder, kind, flags, class_names=None, **extra):
@@ -182,12 +189,19 @@ def write_config(folder, kind, flags, class_names=None, **extra):
     :param flags: {name: value}, all options of that network and its process and no others.
     :param class_names: names by label, or None.
     :param extra: anything else worth keeping, as json.
-    :raises ValueError: if the folder already holds checkpoints of another kind.
+    :raises ValueError: if the folder already holds checkpoints of another kind, or that other flags describe.
     """
     path = os.path.join(folder, CONFIG_NAME)
     earlier = read_config(path)
     if earlier and earlier["kind"] != kind:
         raise ValueError(f"{folder} holds checkpoints of kind {earlier['kind']}: choose another --log_dir for {kind}")
+    known = earlier["flags"] if earlier and latest(folder) else {}
+    for name in sorted(known.keys() & flags.keys() - set(PASSING)):
+        if known[name] != flags[name]:
+            raise ValueError(
+                f"{folder} holds checkpoints with {name} {known[name]}, which config.json must go on to tell: choose "
+                f"another --log_dir for {name} {flags[name]}"
+            )
     content = {"format": FORMAT, "kind": kind, "flags": flags, "class_names": class_names, **extra}
     with writing(path) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

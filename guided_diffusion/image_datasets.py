@@ -65,6 +65,7 @@ def load_data(
     batches_per_epoch = _batches_per_epoch(data_dir, len(source.images), batch_size, num_ranks)
     if class_cond:
         _check_labels(source, num_classes)
+        source.class_names = source.class_names or [str(label) for label in range(source.labels.max() + 1)]
     dataset = ImageDataset(
         image_size, source.images, source.labels, random_crop=random_crop, random_flip=random_flip,
         image_channels=image_channels, seed=seed,
@@ -95,8 +96,9 @@ class ImageBatches:
     """
     The endless iterator that `load_data` returns.
 
-    Attributes: `num_images` in the data; `batches_per_epoch` of this rank; `class_names` [list of str, or None where
-    labels have no names]; `label_rule`, a phrase for the log; `bad_images`, how many files were skipped so far.
+    Attributes: `num_images` in the data; `batches_per_epoch` of this rank; `class_names` [list of str; the numbers
+    where labels have no names; None without labels]; `label_rule`, a phrase for the log; `bad_images`, how many files
+    were skipped so far.
     """
 
     def __init__(self, loader, source, batches_per_epoch):

@@ -3,6 +3,8 @@
 import argparse
 import os
 
+import torch as th
+
 from . import checkpoint, config, dist_util, logger
 from .generate import collect, sample_stream, save_samples
 from .image_datasets import load_data
@@ -20,6 +22,7 @@ def start(args, *settled_later):
     folder = dist_util.gather_objects(wanted)[0]
     checkpoint.check_writable(folder)
     logger.configure(dir=folder)
+    th.manual_seed(args.seed)  # of the weights that training starts from; all else has generators of its own
     later = config.options(*settled_later).keys() - args.explicit
     shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in later})
     logger.log("options (* typed):\n" + config.describe(shown))
@@ -35,12 +38,31 @@ def network_flags(args, resume_checkpoint, *groups):
     return flags
 
 
+def class_names(path):
+    """The names of the classes, by label, that a checkpoint was trained on, or None where nothing tells."""
+    return (checkpoint.read_config(path) or {}).get("class_names") if path else None
+
+
 def log_network(path, flags):
     """Log what a checkpoint turned out to be: its options that are not the defaults."""
     groups = config.ModelOptions, config.ClassifierOptions, config.DiffusionOptions
     usual = config.defaults(*groups)
     told = [f"{name} {value}" for name, value in flags.items() if value != usual[name]]
     logger.log(f"{path}: {', '.join(told) or 'all options at their defaults'}")
+
+
+def open_training_data(args, flags, class_cond):
+    """The stream of training images; of a resumed run, from where it stopped and with the labels that it had."""
+    return open_data(
+        args,
+        flags,
+        args.data_dir,
+        class_cond=class_cond,
+        random_crop=args.random_crop,
+        random_flip=args.random_flip,
+        class_names=class_names(args.resume_checkpoint),
+        first_batch=checkpoint.parse_resume_step_from_filename(args.resume_checkpoint),
+    )
 
 
 def open_data(args, flags, data_dir, **how):
@@ -68,11 +90,11 @@ def open_data(args, flags, data_dir, **how):
     return data
 
 
-def loop_options(args):
-    """What the training loop takes from the options of every training program."""
+def loop_options(args, flags):
+    """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed"
-    return {name: getattr(args, name) for name in names.split()} | {"progress": True}
+    return {name: getattr(args, name) for name in names.split()} | {"progress": True, "flags": flags}
 
 
 def run(main):
@@ -85,11 +107,11 @@ def run(main):
     config.run_program(leave_together)
 
 
-def write_samples(args, folder, diffusion, model, flags, num_classes, class_names, cond_fn=None):
+def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
     """Draw the samples that SampleOptions ask for and write them; `flags` tell their shape."""
-    if class_names:  # a network may have room for more classes than it was shown
-        num_classes = len(class_names)
-    labels = config.parse_classes(args.classes, num_classes, args.num_samples, class_names)
+    if names:  # a network may have room for more classes than it was shown
+        num_classes = len(names)
+    labels = config.parse_classes(args.classes, num_classes, args.num_samples, names)
     stream = sample_stream(
         diffusion,
         model,
@@ -110,5 +132,5 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, class_name
     )
     result = collect(stream)
     if result is not None:
-        logger.log(f"samples: {save_samples(folder, *result, class_names, args.grid)}")
+        logger.log(f"samples: {save_samples(folder, *result, names, args.grid)}")
     dist_util.barrier()

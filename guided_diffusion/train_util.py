@@ -99,6 +99,7 @@ class Trainer:
     :param val_data: iterator for validation every `eval_interval` steps, or None.
     :param seed: of the timesteps and noise.
     :param progress: show a progress bar.
+    :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Trainer:
         eval_interval=0,
         seed=0,
         progress=False,
+        flags=None,
     ):
         counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
         for name, value in counts.items():
@@ -146,7 +148,7 @@ class Trainer:
         self.device = next(task.net.parameters()).device
 
         if resume_checkpoint:
-            self._load_weights(resume_checkpoint)
+            self._load_weights(resume_checkpoint, flags or {})
         dist_util.sync_params(task.net.parameters())
         self.mp_trainer = MixedPrecisionTrainer(
             model=task.net,
@@ -171,7 +173,6 @@ class Trainer:
         return DistributedDataParallel(
             net,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             bucket_cap_mb=128,
             gradient_as_bucket_view=True,
         )
@@ -182,7 +183,7 @@ class Trainer:
         """Train until the last update is done and saved; without a limit, for ever."""
         with self._bar() as bar:
             while not self.total or self.step < self.total:
-                x0, cond = next(self.data)
+                x0, cond = self._next_of(self.data)
                 self.run_step(x0, cond)
                 bar.update()
                 if self.val_data is not None and self.eval_interval and self.step % self.eval_interval == 0:
@@ -195,6 +196,15 @@ class Trainer:
                         return
         if self.saved_at != self.step:
             self.save()
+
+    def _next_of(self, batches):
+        """A batch; if an image of it cannot be read, the updates so far are saved before the run stops."""
+        try:
+            return next(batches)
+        except ValueError:
+            if self.saved_at != self.step:
+                self._write_files()
+            raise
 
     def _bar(self):
         from tqdm.auto import tqdm
@@ -262,7 +272,7 @@ class Trainer:
     @th.no_grad()
     def validate(self):
         """Log the loss of one held-out batch under val_*."""
-        x0, cond = next(self.val_data)
+        x0, cond = self._next_of(self.val_data)
         cond = {name: value.to(self.device) for name, value in cond.items()}
         training = self.task.net.training
         self.task.net.eval()
@@ -312,22 +322,26 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self):
-        """Write the averaged weights and the optimizer, then the model, whose presence says that all is there."""
-        if dist_util.is_main():
-            folder = logger.get_dir()
-            for rate, params in zip(self.ema_rates, self.ema_params):
-                state = self.mp_trainer.master_params_to_state_dict(params)
-                checkpoint.save(state, os.path.join(folder, checkpoint.ema_name(rate, self.step)))
-            checkpoint.save(self.opt.state_dict(), os.path.join(folder, checkpoint.opt_name(self.step)))
-            state = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
-            checkpoint.save(state, os.path.join(folder, checkpoint.model_name(self.step)))
+        """Write a checkpoint, and let no process go on before it is there."""
+        self._write_files()
         self.saved_at = self.step
         dist_util.barrier()
 
-    def _load_weights(self, path):
+    def _write_files(self):
+        """On rank 0: the averaged weights and the optimizer, then the model, whose presence says that all is there."""
+        if not dist_util.is_main():
+            return
+        folder = logger.get_dir()
+        for rate, params in zip(self.ema_rates, self.ema_params):
+            state = self.mp_trainer.master_params_to_state_dict(params)
+            checkpoint.save(state, os.path.join(folder, checkpoint.ema_name(rate, self.step)))
+        checkpoint.save(self.opt.state_dict(), os.path.join(folder, checkpoint.opt_name(self.step)))
+        state = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
+        checkpoint.save(state, os.path.join(folder, checkpoint.model_name(self.step)))
+
+    def _load_weights(self, path, flags):
         self.step = self.saved_at = checkpoint.parse_resume_step_from_filename(path)
         logger.log(f"going on from {path} at update {self.step}")
-        flags = (checkpoint.read_config(path) or {}).get("flags", {})
         checkpoint.load_weights(self.task.net, checkpoint.load(path), path=path, flags=flags)
 
     def _load_companions(self, path):

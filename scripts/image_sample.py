@@ -1,6 +1,6 @@
 """Draw images from a diffusion model."""
 
-from guided_diffusion import checkpoint, config, program
+from guided_diffusion import config, program
 from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, SampleOptions
 from guided_diffusion.script_util import open_diffusion
 
@@ -11,11 +11,10 @@ def main():
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
-    num_classes, class_names = 0, None
+    num_classes, names = 0, None
     if flags["class_cond"]:
-        num_classes = flags["num_classes"]
-        class_names = (checkpoint.read_config(args.model_path) or {}).get("class_names")
-    program.write_samples(args, folder, diffusion, model, flags, num_classes, class_names)
+        num_classes, names = flags["num_classes"], program.class_names(args.model_path)
+    program.write_samples(args, folder, diffusion, model, flags, num_classes, names)
 
 
 if __name__ == "__main__":

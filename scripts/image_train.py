@@ -12,17 +12,8 @@ def main():
     device, folder = program.start(args)
     flags = program.network_flags(args, args.resume_checkpoint, ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
-    data = program.open_data(
-        args,
-        flags,
-        args.data_dir,
-        class_cond=flags["class_cond"],
-        random_crop=args.random_crop,
-        random_flip=args.random_flip,
-    )
-    if dist_util.is_main():
-        checkpoint.write_config(folder, "diffusion", flags, class_names=data.class_names)
-    TrainLoop(
+    data = program.open_training_data(args, flags, flags["class_cond"])
+    loop = TrainLoop(
         model=model.to(device),
         diffusion=diffusion,
         data=data,
@@ -32,8 +23,11 @@ def main():
         ema_rate=args.ema_rate,
         ema_warmup=args.ema_warmup,
         lr_anneal_steps=args.lr_anneal_steps,
-        **program.loop_options(args),
-    ).run_loop()
+        **program.loop_options(args, flags),
+    )
+    if dist_util.is_main():  # only now is it known that all options fit
+        checkpoint.write_config(folder, "diffusion", flags, class_names=data.class_names)
+    loop.run_loop()
 
 
 if __name__ == "__main__":

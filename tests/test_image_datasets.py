@@ -256,7 +256,7 @@ def test_npz(tmp_path):
     x0, cond = next(stream)
     assert np.array_equal(x0, np.transpose(images, (0, 3, 1, 2)).astype(np.float32) / 127.5 - 1)
     assert cond["y"].tolist() == [4, 0, 1, 2, 3] and cond["y"].dtype == torch.int64
-    assert stream.class_names is None and stream.label_rule == "arr_1"
+    assert stream.class_names == list("01234") and stream.label_rule == "arr_1"
     options["image_size"] = 4  # cropped by the rule for files
     small, _ = next(load_data(data_dir=str(tmp_path / "some.npz"), batch_size=5, **options))
     expected = center_crop_arr(Image.fromarray(images[2]), 4)

@@ -1,0 +1,840 @@
+"""The programs from end to end at tiny size: what they write, what they draw, and what they say to bad input."""
+
+import contextlib
+import csv
+import functools
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+from guided_diffusion import checkpoint, config, dist_util, generate, logger, program, sampling, train_util
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.script_util import create_model_and_diffusion, open_classifier, open_diffusion
+from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+MPIEXEC = shutil.which("mpiexec", path=f"{BIN}:{os.environ.get('PATH', '')}")
+PROGRAMS = ["image_train", "image_sample", "classifier_train", "classifier_sample"]
+
+NET = (
+    "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
+    " --attention_resolutions 4 --noise_schedule cosine"
+)
+CLASSIFIER = (
+    "--image_size 8 --image_channels 1 --classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,1"
+    " --classifier_attention_resolutions 4 --classifier_num_head_channels 16 --noise_schedule cosine"
+)
+# A few large steps, so that networks that begin by returning zeros have something to say.
+TRAIN = "--batch_size 8 --lr 1e-2 --log_interval 1 --random_flip False --num_workers 0"
+
+
+# ------------------------------------------------------------------------------------------------- running a program
+
+
+@functools.cache
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name, words):
+    """A program in this process: SimpleNamespace of exit code, out and err."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *shlex.split(words)])
+        patch.setattr(logger.Logger, "CURRENT", None)
+        for variable in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "GD_DEBUG", "DIFFUSION_TRAINING_TEST"):
+            patch.delenv(variable, raising=False)
+        try:
+            program.run(script(name).main)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            dist_util.finish()
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def done(name, words):
+    result = run(name, words)
+    assert result.code == 0, result.err
+    return result
+
+
+def refused(name, words, *patterns):
+    """The program ends with code 2 and, progress bars aside, one line on stderr, in which the patterns are found."""
+    result = run(name, words)
+    lines = [line for line in re.split(r"[\r\n]+", result.err) if not re.match(r"training:|sampling:|\s*$", line)]
+    assert result.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.err
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), lines[0]
+    return result
+
+
+def shell(words, folder, launcher=()):
+    """A command as a stranger runs it: from another folder, with an environment that knows nothing of the project."""
+    env = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, *([] if "torchrun" in launcher else [sys.executable]), *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+
+
+def stranger(name, words, folder, launcher=()):
+    result = shell([ROOT / name, *shlex.split(words)], folder, launcher)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return result
+
+
+def rows(folder):
+    with open(folder / "progress.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def samples(folder):
+    """(name, uint8 images, labels or None) of the one npz in a folder."""
+    (path,) = folder.glob("*.npz")
+    with np.load(path, allow_pickle=False) as npz:
+        assert set(npz.files) <= {"arr_0", "arr_1"}
+        return path.name, npz["arr_0"], npz["arr_1"] if "arr_1" in npz.files else None
+
+
+def edited(folder, target, **flags):
+    """A copy of a trained folder with other flags in its config.json; class_names stand beside the flags."""
+    shutil.copytree(folder, target)
+    content = json.loads((target / "config.json").read_text())
+    content["class_names"] = flags.pop("class_names", content["class_names"])
+    content["flags"].update(flags)
+    (target / "config.json").write_text(json.dumps(content))
+    return target
+
+
+# ------------------------------------------------------------------------------------------------------ what to run on
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def digits(home):
+    said = stranger("datasets/digits.py", "digits", home).stdout
+    assert said == "wrote 1438 images to digits/train and 359 to digits/val\n"
+    return home / "digits"
+
+
+@pytest.fixture(scope="module")
+def pets(digits):
+    """48 real digits under the names of three classes, and 24 more to validate on."""
+    folder = digits.parent / "pets"
+    for split, first, count in (("train", 0, 16), ("val", 16, 8)):
+        (folder / split).mkdir(parents=True)
+        for digit, name in enumerate(("ant", "bee", "cat")):
+            files = sorted((digits / "train").glob(f"{digit}_*.png"))[first : first + count]
+            for file in files:
+                shutil.copy(file, folder / split / f"{name}_{file.name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(home, digits):
+    """An unconditional model of digits."""
+    stranger("scripts/image_train.py", f"--data_dir digits/train {NET} {TRAIN} --iterations 8 --log_dir plain", home)
+    return home / "plain"
+
+
+@pytest.fixture(scope="module")
+def cond(home, pets):
+    """A model of three classes, in a network with room for the default of 1,000, with a learned variance."""
+    done("image_train", f"--data_dir {pets}/train {NET} {TRAIN} --class_cond True --learn_sigma --iterations 8"
+         f" --save_interval 5 --ema_rate 0.5,0.9 --log_dir {home}/cond")  # fmt: skip
+    return home / "cond"
+
+
+@pytest.fixture(scope="module")
+def classifier(home, pets):
+    words = f"--data_dir pets/train --val_data_dir pets/val --num_classes 3 {CLASSIFIER} {TRAIN}"
+    stranger("scripts/classifier_train.py", f"{words} --iterations 10 --eval_interval 5 --log_dir classifier", home)
+    return home / "classifier"
+
+
+def model_of(folder):
+    return checkpoint.latest(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_training_writes_checkpoints_options_and_a_log(cond, pets):
+    assert names(cond) == ["config.json"] + [
+        f"{kind}_{step}.pt" for kind in ("ema_0.5", "ema_0.9") for step in ("000005", "000008")
+    ] + ["log.txt", "model000005.pt", "model000008.pt", "opt000005.pt", "opt000008.pt", "progress.csv"]  # fmt: skip
+    content = json.loads((cond / "config.json").read_text())
+    assert (content["kind"], content["class_names"]) == ("diffusion", ["ant", "bee", "cat"])
+    typed = {"image_size": 8, "image_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1",
+             "attention_resolutions": "4", "noise_schedule": "cosine", "class_cond": True, "learn_sigma": True}  # fmt: skip
+    usual = config.defaults(config.ModelOptions, config.DiffusionOptions)
+    assert content["flags"] == usual | typed
+    table = rows(cond)
+    assert [row["step"] for row in table] == [str(n) for n in range(1, 9)]
+    assert [row["samples"] for row in table] == [str(8 * n) for n in range(1, 9)]
+    assert {"loss", "mse", "vb", "loss_q0", "mse_q3", "grad_norm", "param_norm", "lr", "seconds"} <= set(table[0])
+    assert float(table[0]["mse"]) == pytest.approx(1, abs=0.3)  # a new network returns zeros, the noise has variance 1
+    assert float(table[-1]["mse"]) < float(table[0]["mse"]) - 0.1
+    log = (cond / "log.txt").read_text()
+    assert "* num_channels             32" in log and f"48 images in {pets}/train, labels: file-name prefix" in log
+    assert "num_classes is 1000 but the data have 3: --num_classes 3 would do" in log
+
+
+def test_a_classifier_of_three_classes_trains_on_a_cpu(classifier):
+    assert names(classifier) == ["config.json", "log.txt", "model000010.pt", "opt000010.pt", "progress.csv"]
+    content = json.loads((classifier / "config.json").read_text())
+    assert (content["kind"], content["class_names"]) == ("classifier", ["ant", "bee", "cat"])
+    assert content["flags"]["classifier_width"] == 32 and content["flags"]["noise_schedule"] == "cosine"
+    assert "num_channels" not in content["flags"]
+    table = rows(classifier)
+    assert [row["step"] for row in table if row["val_loss"]] == ["5", "10"]
+    for row in table:
+        assert float(row["train_acc@3"]) == 1 and 0 <= float(row["train_acc@1"]) <= 1  # top 3 of 3; top 5 do not exist
+    assert {float(row["val_acc@3"]) for row in table if row["val_loss"]} == {1}
+    assert checkpoint.load(model_of(classifier))["out.2.c_proj.weight"].shape[0] == 3
+
+
+def test_a_classifier_of_clean_images_learns_them(pets, tmp_path):
+    done("classifier_train", f"--data_dir {pets}/train --val_data_dir {pets}/val --num_classes 3 {CLASSIFIER} {TRAIN}"
+         f" --noised False --random_crop False --lr 2e-3 --batch_size 24 --eval_interval 20 --iterations 40"
+         f" --log_dir {tmp_path}")  # fmt: skip
+    assert float(rows(tmp_path)[-1]["val_acc@1"]) >= 0.8  # chance is 1/3
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(pets, tmp_path):
+    """Images, noise, averages and optimizer go on as if nothing had been; the network's options are in config.json."""
+    rest = f"--data_dir {pets}/train {TRAIN} --ema_rate 0.9"
+    first = f"{NET} --class_cond True --num_classes 3 --dropout 0.1 --random_flip True"
+    done("image_train", f"{rest} {first} --iterations 9 --log_dir {tmp_path}/whole")
+    done("image_train", f"{rest} {first} --iterations 4 --log_dir {tmp_path}/half")
+    said = done("image_train", f"{rest} --random_flip True --resume_checkpoint {tmp_path}/half/model000004.pt"
+                f" --iterations 9 --log_dir {tmp_path}/rest").out  # fmt: skip
+    assert f"going on from {tmp_path}/half/model000004.pt at update 4" in said
+    for name in ("model000009.pt", "ema_0.9_000009.pt"):
+        ours, whole = (checkpoint.load(tmp_path / folder / name) for folder in ("rest", "whole"))
+        assert all(th.equal(ours[key], whole[key]) for key in whole)
+    assert (tmp_path / "rest/config.json").read_text() == (tmp_path / "whole/config.json").read_text()
+    assert [row["step"] for row in rows(tmp_path / "rest")] == ["5", "6", "7", "8", "9"]
+    assert rows(tmp_path / "rest")[-1]["loss"] == rows(tmp_path / "whole")[-1]["loss"]
+
+
+def test_resumed_training_keeps_the_labels(cond, pets, tmp_path):
+    """A folder that lacks the first class would else number the others anew."""
+    for path in (pets / "train").glob("[bc]*.png"):
+        shutil.copy(path, tmp_path)
+    resume = f"--data_dir {tmp_path} {TRAIN} --resume_checkpoint {model_of(cond)} --iterations 9"
+    done("image_train", f"{resume} --log_dir {tmp_path}/more")
+    assert checkpoint.read_config(tmp_path / "more/model.pt")["class_names"] == ["ant", "bee", "cat"]
+    shutil.copy(tmp_path / "bee_1_0011.png" if (tmp_path / "bee_1_0011.png").exists() else path, tmp_path / "dog_1.png")
+    refused("image_train", f"{resume} --log_dir {tmp_path}/dogs", "class 'dog'.*not one of the 3 known.*ant, bee, cat")
+
+
+def test_the_seed_decides_all_from_the_first_weights_on(pets, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        done("image_train", f"--data_dir {pets}/train {NET} {TRAIN} --seed {seed} --iterations 2"
+             f" --lr 1e-9 --log_dir {tmp_path}/{name}")  # fmt: skip
+    a, b, c = (checkpoint.load(tmp_path / name / "model000002.pt")["input_blocks.0.0.weight"] for name in "abc")
+    assert th.equal(a, b) and (a - c).abs().max() > 0.01
+
+
+# ----------------------------------------------------------------------------------------------------- several processes
+
+
+def mean_gradient_of_two(data_dir):
+    """What two ranks must arrive at after 3 updates: each one's gradient on its own images and noise, averaged."""
+    th.manual_seed(0)
+    flags = config.flags_of(config.parse("", config.ModelOptions, config.DiffusionOptions, argv=NET.split()),
+                            config.ModelOptions, config.DiffusionOptions)  # fmt: skip
+    model, diffusion = create_model_and_diffusion(**flags)
+    loop = TrainLoop(model=model, diffusion=diffusion, data=None, batch_size=8, microbatch=-1, lr=1e-2, ema_rate="",
+                     log_interval=1, save_interval=1, resume_checkpoint="")  # fmt: skip
+    streams = [load_data(data_dir=data_dir, batch_size=8, image_size=8, image_channels=1, random_flip=False,
+                         num_workers=0, rank=rank, num_ranks=2) for rank in (0, 1)]  # fmt: skip
+    for step in range(3):
+        loop.step = step
+        gradients = []
+        for rank in (0, 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist_util, "rank", lambda rank=rank: rank)
+                loop.forward_backward(*next(streams[rank]))
+            gradients.append([p.grad for p in model.parameters()])
+        for p, *both in zip(model.parameters(), *gradients):
+            p.grad = sum(both) / 2
+        loop.opt.step()
+    return model.state_dict()
+
+
+def test_s08_46_two_processes_share_one_training(digits, home):
+    """However they are launched: the mean gradient of both on every rank, and samples that count both."""
+    words = f"--data_dir digits/train {NET} {TRAIN} --iterations 3"
+    stranger("scripts/image_train.py", f"{words} --log_dir torchrun", home,
+             ("torchrun", "--standalone", "--nproc_per_node", "2"))  # fmt: skip
+    assert [row["samples"] for row in rows(home / "torchrun")] == ["16", "32", "48"]
+    expected = mean_gradient_of_two(str(digits / "train"))
+    ours = checkpoint.load(home / "torchrun/model000003.pt")
+    assert list(ours) == list(expected)
+    for key, value in expected.items():
+        th.testing.assert_close(ours[key], value, rtol=0, atol=2e-4)  # Adam's first steps magnify rounding
+    if MPIEXEC is None:
+        pytest.skip("no mpiexec")
+    stranger("scripts/image_train.py", f"{words} --log_dir mpi", home, (MPIEXEC, "-n", "2"))
+    theirs = checkpoint.load(home / "mpi/model000003.pt")
+    assert all(th.equal(ours[key], theirs[key]) for key in ours)
+    assert "training: 100%" not in (home / "mpi/log-rank001.txt").read_text()
+
+
+@pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec")
+def test_two_processes_draw_the_bytes_of_one(cond, home):
+    words = f"--model_path cond/ema_0.5_000008.pt --num_samples 8 --batch_size 2 --timestep_respacing 4"
+    stranger("scripts/image_sample.py", f"{words} --log_dir drawn_by_two", home, (MPIEXEC, "-n", "2"))
+    done("image_sample", words.replace("cond/", f"{cond}/") + f" --log_dir {home}/drawn_by_one")
+    one, two = samples(home / "drawn_by_one"), samples(home / "drawn_by_two")
+    assert one[0] == two[0] == "samples_8x8x8x1.npz"
+    assert np.array_equal(one[1], two[1]) and np.array_equal(one[2], two[2])
+    assert len(np.unique(one[1], axis=0)) == 8
+
+
+@pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec")
+def test_bad_input_ends_two_processes(pets, home):
+    result = shell([ROOT / "scripts/image_train.py", *f"--data_dir pets/train {NET} {TRAIN} --batch_size 25".split()],
+                   home, (MPIEXEC, "-n", "2"))  # fmt: skip
+    assert result.returncode == 2 and "48 images, 24 for each of 2 rank(s)" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def test_a_path_is_enough_to_sample(plain, home):
+    """An unconditional model: no labels, and a name that tells the shape."""
+    stranger("scripts/image_sample.py",
+             "--model_path plain/ema_0.9999_000008.pt --num_samples 5 --batch_size 3 --timestep_respacing 4"
+             " --log_dir path_is_enough", home)  # fmt: skip
+    folder = home / "path_is_enough"
+    assert names(folder) == ["log.txt", "samples_5x8x8x1.npz", "samples_5x8x8x1.png"]
+    _, images, labels = samples(folder)
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8 and labels is None
+    assert min(Image.open(folder / "samples_5x8x8x1.png").size) > 40
+
+
+def test_s08_34_pixels_are_truncated_and_the_name_tells_how_many(cond, tmp_path):
+    """7 images in batches of 4: the program's bytes are those of the stream of floats, the rest of a batch not drawn."""
+    path = f"{cond}/ema_0.9_000008.pt"
+    done("image_sample", f"--model_path {path} --num_samples 7 --batch_size 4 --seed 5 --timestep_respacing 3"
+         f" --grid False --log_dir {tmp_path}")  # fmt: skip
+    name, images, labels = samples(tmp_path)
+    assert name == "samples_7x8x8x1.npz" and names(tmp_path) == ["log.txt", name]
+    assert images.dtype == np.uint8 and labels.dtype == np.int64 and labels.shape == (7,)
+    model, diffusion, _ = open_diffusion(path, {"timestep_respacing": "3"})
+    stream = generate.sample_stream(
+        diffusion, model, shape=(1, 8, 8), num_samples=7, batch_size=4, seed=5, num_classes=3
+    )
+    parts = [(x.numpy(), y.numpy()) for _, x, y in stream]
+    x, y = (np.concatenate(part) for part in zip(*parts))  # [N,C,H,W], [N]
+    levels = np.floor(np.clip((x + 1) * 127.5, 0, 255))
+    assert np.array_equal(images, levels.transpose(0, 2, 3, 1)) and np.array_equal(labels, y)
+    assert len(np.unique(images)) > 50
+
+
+def test_s08_36_random_labels_are_of_the_classes_that_were_trained(cond, tmp_path):
+    done("image_sample", f"--model_path {model_of(cond)} --num_samples 60 --batch_size 60 --timestep_respacing 1"
+         f" --log_dir {tmp_path}")  # fmt: skip
+    counts = np.bincount(samples(tmp_path)[2], minlength=3)
+    assert len(counts) == 3 and counts.min() >= 10  # and not evenly: the original's labels are random too
+    assert len(set(counts)) > 1
+
+
+def test_labels_without_names_are_numbered(tmp_path, digits):
+    """An npz names no classes; yet no label is drawn that it does not have."""
+    files = sorted((digits / "val").glob("[0-2]_*.png"))
+    images = np.stack([np.array(Image.open(file)) for file in files])[..., None]
+    np.savez(tmp_path / "data.npz", arr_0=images, arr_1=[int(file.name[0]) for file in files])
+    done("image_train", f"--data_dir {tmp_path}/data.npz {NET} {TRAIN} --class_cond True --iterations 1"
+         f" --log_dir {tmp_path}/model")  # fmt: skip
+    done("image_sample", f"--model_path {tmp_path}/model/model000001.pt --num_samples 40 --batch_size 40"
+         f" --timestep_respacing 1 --log_dir {tmp_path}/drawn")  # fmt: skip
+    assert set(samples(tmp_path / "drawn")[2]) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("asked, labels", [
+    ("all", [0, 1, 2, 0, 1, 2, 0]), ("0,2", [0, 2, 0, 2, 0, 2, 0]), ("bee", [1] * 7), ("cat,0", [2, 0, 2, 0, 2, 0, 2]),
+])  # fmt: skip
+def test_classes_are_drawn_in_turn(cond, tmp_path, asked, labels):
+    done("image_sample", f"--model_path {model_of(cond)} --num_samples 7 --batch_size 3 --timestep_respacing 1"
+         f" --classes {asked} --log_dir {tmp_path}")  # fmt: skip
+    assert samples(tmp_path)[2].tolist() == labels
+
+
+def test_s08_35_guided_samples_have_labels_though_the_model_is_unconditional(plain, classifier, home):
+    words = "--model_path plain/model000008.pt --classifier_path classifier/model000010.pt --classifier_scale 2"
+    words += " --timestep_respacing 4 --num_samples 6 --batch_size 4 --classes all --log_dir guided"
+    stranger("scripts/classifier_sample.py", words, home)
+    name, images, labels = samples(home / "guided")
+    assert name == "samples_6x8x8x1.npz" and images.shape == (6, 8, 8, 1) and images.dtype == np.uint8
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2] and labels.dtype == np.int64
+    assert (home / "guided/samples_6x8x8x1.png").exists()
+
+
+@pytest.fixture
+def floats(monkeypatch):
+    """The samples [N,C,H,W] of each program that runs, before they become bytes."""
+    seen = []
+
+    def watched(stream):
+        def copied():
+            for indices, x, y in stream:
+                parts.append(x)
+                yield indices, x, y
+
+        parts = []
+        result = collect(copied())
+        seen.append(th.cat(parts))
+        return result
+
+    collect = program.collect
+    monkeypatch.setattr(program, "collect", watched)
+    return seen
+
+
+HOW = {
+    "ddpm": ("image_sample", "cond", ""),
+    "ddim": ("image_sample", "cond", "--use_ddim True"),
+    "guided ddpm": ("classifier_sample", "plain", "--classifier_scale 20"),
+    "guided ddim": ("classifier_sample", "plain", "--classifier_scale 20 --use_ddim True"),
+}
+
+
+def draw_words(request, name, model, extra):
+    words = f"--model_path {model_of(request.getfixturevalue(model))} {extra} --timestep_respacing 5"
+    if name == "classifier_sample":
+        words += f" --classifier_path {model_of(request.getfixturevalue('classifier'))}"
+    return words
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_image_i_depends_on_the_seed_and_i_alone(how, request, tmp_path, floats):
+    """
+    Sums are rounded in an order that depends on the shape of a batch, so floats agree to 1e-4 only; truncation makes
+    one level of such a difference where a pixel lies that near to the next level.
+    """
+    name, model, extra = HOW[how]
+    words = draw_words(request, name, model, extra) + " --num_samples 8"
+    for run_name, more in {"1": "--batch_size 1", "3": "--batch_size 3", "8": "--batch_size 8",
+                           "other": "--batch_size 8 --seed 1"}.items():  # fmt: skip
+        done(name, f"{words} {more} --log_dir {tmp_path}/{run_name}")
+    one, three, eight, other = floats
+    th.testing.assert_close(three, one, rtol=0, atol=1e-4)
+    th.testing.assert_close(eight, one, rtol=0, atol=1e-4)
+    assert (one.flatten(1)[:, None] - one.flatten(1)).abs().amax(-1)[~th.eye(8, dtype=bool)].min() > 0.1
+    assert (eight - other).abs().flatten(1).amax(1).min() > 0.1
+    (_, first, labels), *rest = (samples(tmp_path / size) for size in ("1", "3", "8"))
+    for _, images, same in rest:
+        assert np.array_equal(same, labels)
+        apart = np.abs(images.astype(int) - first.astype(int))
+        assert apart.max() <= 1 and (apart > 0).sum() <= 3
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Timesteps that each network is told, call by call."""
+    seen = {UNetModel: [], EncoderUNetModel: []}
+    for kind, told in seen.items():
+        def forward(self, x, timesteps, *args, _forward=kind.forward, _told=told, **more):
+            _told.append((len(x), *timesteps.unique().tolist()))
+            return _forward(self, x, timesteps, *args, **more)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    return seen
+
+
+def test_scale_0_does_not_run_the_classifier(plain, classifier, tmp_path, calls, floats):
+    words = f"--model_path {model_of(plain)} --classifier_path {model_of(classifier)} --timestep_respacing 5"
+    words += " --num_samples 7 --batch_size 4"
+    done("classifier_sample", f"{words} --classifier_scale 20 --log_dir {tmp_path}/guided")
+    steps = [(4, t) for t in (999, 749, 500, 250, 0)] + [(3, t) for t in (999, 749, 500, 250, 0)]
+    assert calls[UNetModel] == steps and calls[EncoderUNetModel] == steps
+    done("classifier_sample", f"{words} --classifier_scale 0 --log_dir {tmp_path}/free")
+    assert calls[UNetModel] == steps * 2 and calls[EncoderUNetModel] == steps
+    (_, _, labels), (_, _, also) = samples(tmp_path / "guided"), samples(tmp_path / "free")
+    assert np.array_equal(labels, also) and set(labels) <= {0, 1, 2}
+    assert (floats[0] - floats[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("respacing, steps", [
+    ("5", (999, 749, 500, 250, 0)), ("ddim5", (800, 600, 400, 200, 0)), ("2,1", (500, 499, 0)), ("1", (0,)),
+])  # fmt: skip
+def test_respacing_is_obeyed(plain, tmp_path, calls, respacing, steps):
+    done("image_sample", f"--model_path {model_of(plain)} --timestep_respacing {respacing} --num_samples 2"
+         f" --log_dir {tmp_path}")  # fmt: skip
+    assert calls[UNetModel] == [(2, t) for t in steps]
+
+
+def test_use_ddim_is_obeyed(plain, tmp_path, floats):
+    """DDIM with eta 0 is a function of the start; with noise, or ancestral, the images are others."""
+    words = f"--model_path {model_of(plain)} --timestep_respacing ddim4 --num_samples 3 --batch_size 3"
+    for k, extra in enumerate(("--use_ddim True", "--use_ddim", "--use_ddim True --eta 0.7", "--use_ddim False", "")):
+        done("image_sample", f"{words} {extra} --log_dir {tmp_path}/{k}")
+    model, diffusion, _ = open_diffusion(model_of(plain), {"timestep_respacing": "ddim4"})
+    start = sampling.SeededNoise(0, range(3)).normal(1, 8, 8)
+    expected = diffusion.ddim_sample_loop(model, start.shape, noise=start)
+    for x in floats[:2]:
+        th.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+    assert all((x - expected).abs().max() > 0.05 for x in floats[2:])
+    assert th.equal(floats[3], floats[4]) and not th.equal(floats[2], floats[3])
+
+
+# --------------------------------------------------------------------------------------------- flags, config, weights
+
+
+def test_typed_flags_win_over_config_json(plain, tmp_path, calls):
+    folder = edited(plain, tmp_path / "model", timestep_respacing="4")
+    words = f"--model_path {model_of(folder)} --num_samples 1"
+    done("image_sample", f"{words} --log_dir {tmp_path}/as_told")
+    assert [t for _, t in calls[UNetModel]] == [999, 666, 333, 0]
+    calls[UNetModel].clear()
+    done("image_sample", f"{words} --timestep_respacing 2 --log_dir {tmp_path}/as_typed")
+    assert [t for _, t in calls[UNetModel]] == [999, 0]
+
+
+@pytest.mark.parametrize("typed, told", [
+    ("--num_channels 64", "num_channels 32"), ("--learn_sigma True", "learn_sigma False"),
+    ("--class_cond True", "class_cond False"), ("--image_channels 3", "image_channels 1"),
+])  # fmt: skip
+def test_flags_that_the_weights_contradict(plain, tmp_path, typed, told):
+    path = model_of(plain)
+    refused("image_sample", f"--model_path {path} {typed} --log_dir {tmp_path}",
+            f"{typed} contradicts the weights of {path}, which say {told}")  # fmt: skip
+
+
+def test_a_config_that_the_weights_contradict(plain, tmp_path):
+    path = model_of(edited(plain, tmp_path / "model", num_res_blocks=2))
+    refused("image_sample", f"--model_path {path} --log_dir {tmp_path}",
+            f"config.json beside {path} with num_res_blocks 2 contradicts the weights .* say num_res_blocks 1")
+
+
+def test_a_classifier_must_fit_the_model(plain, classifier, cond, pets, tmp_path):
+    def guide(model, guiding, *patterns):
+        return refused("classifier_sample", f"--model_path {model_of(model)} --classifier_path {model_of(guiding)}"
+                       f" --num_samples 2 --timestep_respacing 2 --log_dir {tmp_path}/out", *patterns)  # fmt: skip
+
+    guide(plain, edited(classifier, tmp_path / "linear", noise_schedule="linear"),
+          "the model has noise_schedule cosine and the classifier noise_schedule linear")  # fmt: skip
+    guide(edited(plain, tmp_path / "large", image_size=16, attention_resolutions="8"), classifier,
+          "the model has image_size 16 and the classifier image_size 8")  # fmt: skip
+    guide(plain, edited(classifier, tmp_path / "steps", diffusion_steps=4000), "diffusion_steps 1000 .* 4000")
+    guide(cond, classifier, "the model has num_classes 1000 and the classifier num_classes 3")
+    done("image_train", f"--data_dir {pets}/train {NET} {TRAIN} --class_cond True --num_classes 3 --iterations 1"
+         f" --log_dir {tmp_path}/three")  # fmt: skip
+    guide(tmp_path / "three", edited(classifier, tmp_path / "names", class_names=["ant", "bee", "dog"]), "cat.*dog")
+    done("classifier_sample", f"--model_path {model_of(tmp_path / 'three')} --classifier_path {model_of(classifier)}"
+         f" --num_samples 2 --timestep_respacing 2 --log_dir {tmp_path}/fits")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_flag_has_help_and_default(name):
+    groups = {"image_train": ["Train", "Model", "Diffusion", "Run"], "image_sample": ["Sample", "Model", "Diffusion", "Run"],
+              "classifier_train": ["ClassifierTrain", "Classifier", "Diffusion", "Run"],
+              "classifier_sample": ["ClassifierSample", "Model", "Diffusion", "Classifier", "Run"]}[name]  # fmt: skip
+    expected = config.options(*(getattr(config, f"{group}Options") for group in groups))
+    text = done(name, "--help").out
+    found = dict(re.findall(r"^  --(\w+) \S+(.*?)(?=^  --|^\S|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert found.keys() == expected.keys()
+    for flag, said in found.items():
+        words = " ".join(said.split())
+        assert re.search(r"\w+ .*\(default: .*\)$", words), f"--{flag} says only {words!r}"
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluating
+
+
+def test_the_evaluator_scores_what_was_drawn(pets, classifier, plain, home):
+    done("classifier_sample", f"--model_path {model_of(plain)} --classifier_path {model_of(classifier)} --num_samples 12"
+         f" --batch_size 12 --timestep_respacing 10 --classifier_scale 5 --log_dir {home}/to_score")  # fmt: skip
+    files = sorted((pets / "train").glob("*.png"))
+    np.savez(home / "reference.npz", arr_0=np.stack([np.array(Image.open(file)) for file in files])[..., None])
+    said = stranger("evaluations/evaluator.py", "reference.npz to_score/samples_12x8x8x1.npz"
+                    " --extractor classifier/model000010.pt --out scores.json", home).stdout  # fmt: skip
+    scores = json.loads((home / "scores.json").read_text())
+    network, _ = open_classifier(model_of(classifier))
+    _, images, labels = samples(home / "to_score")
+    x = th.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    with th.no_grad():
+        probabilities = network(x, th.zeros(12)).softmax(1)
+    assert scores["label_agreement"] == pytest.approx((probabilities.argmax(1).numpy() == labels).mean())
+    divergence = (probabilities * (probabilities.log() - probabilities.mean(0).log())).sum(1).mean()
+    assert scores["inception_score"] == pytest.approx(divergence.exp().item(), rel=1e-4)
+    assert scores["fid"] > 0 and f"FID: {scores['fid']}" in said and f"Recall: {scores['recall']}" in said
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def bad(home, pets, digits, plain, cond, classifier):
+    """A folder of what nobody should have to feed to a program."""
+    folder = home / "bad"
+    (folder / "empty").mkdir(parents=True)
+    (folder / "nameless").mkdir()
+    shutil.copytree(pets / "train", folder / "few")
+    for file in sorted((folder / "few").iterdir())[5:]:
+        file.unlink()
+    for k, file in enumerate(sorted((pets / "train").iterdir())):
+        shutil.copy(file, folder / "nameless" / f"{k}.png")
+    shutil.copy(model_of(plain), folder / "model000008.pt")  # without its config.json
+    (folder / "text.pt").write_text("weights, they said")
+    (folder / "cut.pt").write_bytes(Path(model_of(plain)).read_bytes()[:50000])
+    (folder / "file").write_text("not a folder")
+    np.savez(folder / "unlabelled.npz", arr_0=np.zeros((9, 8, 8, 1), np.uint8))
+    return folder
+
+
+IMAGE_TRAIN = f"image_train --data_dir {{pets}}/train {NET} {TRAIN} --iterations 2"
+CLASSIFIER_TRAIN = f"classifier_train --data_dir {{pets}}/train {CLASSIFIER} {TRAIN} --num_classes 3 --iterations 2"
+SAMPLE = "image_sample --num_samples 2 --model_path {plain}/model000008.pt"
+SAMPLE_CLASS = "image_sample --num_samples 2 --model_path {cond}/model000008.pt"
+GUIDE = f"classifier_{SAMPLE.removeprefix('image_')} --classifier_path {{classifier}}/model000010.pt"
+
+# Command, then patterns: the value, the choices, the remedy. Of a flag that is given twice the last one counts.
+BAD = [
+    # data
+    (f"{IMAGE_TRAIN} --data_dir {{bad}}/nowhere", "data_dir .*bad/nowhere does not exist"),
+    (f"{IMAGE_TRAIN} --data_dir {{bad}}/empty", r"no images in .*bad/empty.*\*\.jpg.*\*\.png"),
+    (f"image_train {NET}", "pass --data_dir"),
+    (f"{IMAGE_TRAIN} --data_dir {{bad}}/file", "bad/file is neither a folder nor an npz"),
+    (f"{CLASSIFIER_TRAIN} --val_data_dir {{bad}}/nowhere", "data_dir .*bad/nowhere does not exist"),
+    (f"{IMAGE_TRAIN} --data_dir {{bad}}/few", "holds 5 images.*no batch of 8.*batch_size from 1 to 5"),
+    (f"{CLASSIFIER_TRAIN} --val_data_dir {{bad}}/few", "bad/few holds 5 images.*batch_size from 1 to 5"),
+    (f"{CLASSIFIER_TRAIN} --num_classes 2", r"label 2 \('cat'\).*2 classes, whose labels are 0..1.*num_classes 3"),
+    (f"{IMAGE_TRAIN} --class_cond --num_classes 1", r"label 2 \('cat'\).*num_classes 3"),
+    (f"{CLASSIFIER_TRAIN} --val_data_dir {{digits}}/val", "class '0', .*not one of the 3 known classes: ant, bee, cat"),
+    (f"{IMAGE_TRAIN} --class_cond --data_dir {{bad}}/nameless", "no class labels in .*name the files CLASS_.*folder"),
+    (f"{IMAGE_TRAIN} --class_cond --data_dir {{bad}}/unlabelled.npz", "unlabelled.npz has no labels.*arr_1"),
+    # labels
+    (f"{SAMPLE} --classes 1", "--classes 1: the model is unconditional.*drop --classes.*classifier_sample"),
+    (f"{SAMPLE_CLASS} --classes 1,3", "class 3 in --classes is out of range: labels run from 0 to 2"),
+    (f"{SAMPLE_CLASS} --classes be", "unknown class 'be' in --classes; did you mean bee"),
+    (f"{GUIDE} --classes 3", "class 3 in --classes is out of range: labels run from 0 to 2"),
+    # networks
+    (f"{IMAGE_TRAIN} --image_size 10 --channel_mult 1,1,1", "image_size 10.*not divisible by 4.*3 levels.*use 8 or 12"),
+    (f"{CLASSIFIER_TRAIN} --image_size 10 --classifier_channel_mult 1,1,1", "image_size 10.*not divisible by 4"),
+    (f"{IMAGE_TRAIN} --image_size 96 --channel_mult ''", "unsupported image size: 96.*--channel_mult"),
+    (f"{IMAGE_TRAIN} --num_channels 48", "num_channels.*48.*multiple of 32: use 32 or 64"),
+    (f"{CLASSIFIER_TRAIN} --classifier_width 48", "classifier_width.*48.*multiple of 32: use 32 or 64"),
+    (f"{CLASSIFIER_TRAIN} --classifier_pool max", "classifier_pool.*'max'.*adaptive.*attention.*spatial.*spatial_v2"),
+    (f"{IMAGE_TRAIN} --image_channels 2", "image_channels is 2; choose 1"),
+    # processes
+    (f"{IMAGE_TRAIN} --noise_schedule exp", "schedule: exp .*linear, cosine"),
+    (f"{SAMPLE} --noise_schedule exp", "schedule: exp .*linear, cosine"),
+    (f"{IMAGE_TRAIN} --noise_schedule linear --diffusion_steps 20", "20 steps.*21 steps or more.*cosine"),
+    (f"{CLASSIFIER_TRAIN} --noise_schedule linear --diffusion_steps 10", "10 steps.*21 steps or more.*cosine"),
+    (f"{IMAGE_TRAIN} --schedule_sampler even", "schedule_sampler.*'even'.*uniform.*loss-second-moment"),
+    (f"{IMAGE_TRAIN} --timestep_respacing often", "respacing 'often'.*250.*10,15,20.*ddim25"),
+    (f"{SAMPLE} --timestep_respacing fast25", "respacing 'fast25'.*250.*10,15,20.*ddim25"),
+    (f"{SAMPLE} --timestep_respacing 1001", "1000 steps into 1001"),
+    (f"{SAMPLE} --timestep_respacing ddim300", "300 of 1000 steps; near it are ddim167, ddim200, ddim250, ddim334"),
+    (f"{GUIDE} --timestep_respacing ddim300", "near it are ddim167, ddim200, ddim250, ddim334"),
+    # checkpoints
+    (f"{SAMPLE} --model_path ''", "--model_path"),
+    (f"{GUIDE} --classifier_path ''", "--classifier_path"),
+    (f"{SAMPLE} --model_path {{plain}}/model00008.pt", "no checkpoint .*model00008.pt; did you mean .*model000008.pt"),
+    (f"{SAMPLE} --model_path {{plain}}", "plain is a folder: give the checkpoint in it, .*model000008.pt"),
+    (f"{SAMPLE} --model_path {{bad}}/text.pt", "text.pt is not a checkpoint"),
+    (f"{SAMPLE} --model_path {{bad}}/cut.pt", "cut.pt is not a checkpoint, or an incomplete one"),
+    (f"{IMAGE_TRAIN} --resume_checkpoint {{bad}}/cut.pt", "cut.pt is not a checkpoint, or an incomplete one"),
+    (f"{SAMPLE} --model_path {{plain}}/opt000008.pt", "state of an optimizer: give the modelNNNNNN.pt or ema_"),
+    (f"{SAMPLE} --model_path {{classifier}}/model000010.pt", "classifier network.*diffusion one is needed"),
+    (f"{GUIDE} --classifier_path {{cond}}/model000008.pt", "diffusion network.*classifier one is needed"),
+    (f"{SAMPLE} --model_path {{bad}}/model000008.pt --image_size 8 --image_channels 1",
+     r"bad/model000008.pt does not fit: \d+ keys missing \(first: input_blocks\.1\.1\.norm\.weight\).* would fit at "
+     "--image_size 8: --num_channels 32 --num_res_blocks 1 --channel_mult 1,1 --attention_resolutions 4, with"),
+    (f"{IMAGE_TRAIN} --num_channels 64 --resume_checkpoint {{plain}}/model000008.pt",
+     r"model000008.pt does not fit: \d+ shapes differ \(time_embed.0.weight: file \[128, 32\], network \[256, 64\]\)"
+     ".*would fit: --num_channels 32"),
+    (f"{IMAGE_TRAIN} --resume_checkpoint {{classifier}}/model000010.pt", "does not fit.*it is a classifier network"),
+    # the rest
+    *[(f"{command} --log_dir {{bad}}/file/below", "cannot write to the folder .*bad/file/below.*another --log_dir")
+      for command in (IMAGE_TRAIN, CLASSIFIER_TRAIN, SAMPLE, GUIDE)],
+    (f"{IMAGE_TRAIN} --batch_size 0", "batch_size"),
+    (f"{IMAGE_TRAIN} --ema_rate fast", "ema_rate 'fast'"),
+    (f"{SAMPLE} --num_samples 0", "num_samples.*not 0"),
+    (f"{SAMPLE} --device gpu", "device 'gpu' is not available here; choose from cpu"),
+    (f"{SAMPLE} --num_sample_count 3", "unknown flag --num_sample_count; did you mean --num_samples"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, pattern", BAD, ids=[re.sub(r"\{\w+\}/?|--num_samples 2 ", "", c[0])[-60:] for c in BAD])
+def test_bad_input_is_one_line_before_any_work(command, pattern, bad, request, tmp_path):
+    folders = {name: request.getfixturevalue(name) for name in ("pets", "digits", "plain", "cond", "classifier")}
+    name, words = command.format(bad=bad, **folders).split(" ", 1)
+    if "--log_dir" not in words:
+        words += f" --log_dir {tmp_path}/out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainLoop, "run_step", lambda *_: pytest.fail("a step was taken"))
+        refused(name, words, pattern)
+    if (tmp_path / "out").exists():
+        assert names(tmp_path / "out") == ["log.txt"]
+
+
+def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, tmp_path):
+    """Neither a network that does not fit nor a new one of other options may overwrite what config.json tells."""
+    folder = tmp_path / "run"
+    shutil.copytree(plain, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
+    words = f"--data_dir {digits}/train {NET} {TRAIN} --iterations 9 --log_dir {folder}"
+    resume = f"--resume_checkpoint {folder}/model000008.pt"
+    refused("image_train", f"{words} {resume} --learn_sigma", "does not fit")
+    refused("image_train", f"{words} --noise_schedule linear", "checkpoints with noise_schedule cosine.*another --log_dir")
+    refused("image_train", f"{words} {resume} --noise_schedule linear", "checkpoints with noise_schedule cosine")
+    refused("classifier_train", f"--data_dir {digits}/train {CLASSIFIER} {TRAIN} --log_dir {folder}",
+            "checkpoints of kind diffusion: choose another --log_dir")  # fmt: skip
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
+    done("image_train", f"{words} {resume} --dropout 0.1")
+    assert (folder / "model000009.pt").exists()
+
+
+# Images that cannot be read
+
+
+@pytest.fixture
+def broken(pets, tmp_path):
+    """24 images of which one is cut off and one is a text."""
+    folder = tmp_path / "data"
+    shutil.copytree(pets / "val", folder)
+    cut, text = sorted(folder.iterdir())[3], sorted(folder.iterdir())[11]
+    cut.write_bytes(cut.read_bytes()[:-40])
+    text.write_text("not a picture")
+    return SimpleNamespace(folder=folder, cut=cut, text=text)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(broken, tmp_path, workers):
+    words = f"--data_dir {broken.folder} {NET} {TRAIN} --batch_size 24 --num_workers {workers} --iterations 1"
+    refused("image_train", f"{words} --log_dir {tmp_path}/out",
+            f"cannot read image ({broken.cut}|{broken.text}).*repair or remove it.*--skip_bad_images True")  # fmt: skip
+    assert not list((tmp_path / "out").glob("*.pt"))
+    broken.text.unlink()
+    refused("image_train", f"{words} --batch_size 23 --log_dir {tmp_path}/out", f"cannot read image {broken.cut}")
+
+
+def test_unreadable_images_are_skipped_and_counted_on_demand(broken, tmp_path):
+    with pytest.warns(UserWarning, match="cannot read image") as said:
+        done("classifier_train", f"--data_dir {broken.folder} {CLASSIFIER} {TRAIN} --num_classes 3 --batch_size 12"
+             f" --iterations 6 --skip_bad_images True --log_dir {tmp_path}/out")  # fmt: skip
+    said = [str(warning.message) for warning in said if "cannot read" in str(warning.message)]
+    assert [message[-16:] for message in said] == ["skipped, 1 so far", "skipped, 2 so far"] or len(said) == 2
+    assert {str(path) in "".join(said) for path in (broken.cut, broken.text)} == {True}
+    assert "2 so far" in said[1] and (tmp_path / "out/model000006.pt").exists()
+
+
+def test_an_image_that_breaks_a_long_run_costs_no_update(pets, tmp_path):
+    """Three updates, then an image that cannot be read: the three are saved, and can be gone on from."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for level in range(6):
+        Image.new("L", (8, 8), 40 * level).save(folder / f"{level}.png")
+    stream = load_data(data_dir=str(folder), batch_size=1, image_size=8, image_channels=1, num_workers=0)
+    order = [round((next(stream)[0].mean().item() + 1) * 127.5 / 40) for _ in range(6)]
+    path = folder / f"{order[3]}.png"
+    path.write_bytes(b"")
+    words = f"--data_dir {folder} {NET} {TRAIN} --batch_size 1 --log_dir {tmp_path}/out"
+    refused("image_train", f"{words} --iterations 6", f"cannot read image {path}")
+    assert {"model000003.pt", "opt000003.pt", "ema_0.9999_000003.pt"} <= set(names(tmp_path / "out"))
+    assert rows(tmp_path / "out")[-1]["step"] == "3"
+    Image.new("L", (8, 8)).save(path)
+    done("image_train", f"{words} --iterations 4 --resume_checkpoint {tmp_path}/out/model000003.pt")
+
+
+# Files that are not what they say
+
+
+class Runs:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("form", ["zip", "pickle"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(form, plain, classifier, pets, tmp_path):
+    marker, path = tmp_path / "was run", tmp_path / "model000001.pt"
+    content = {"time_embed.0.weight": th.zeros(2, 2), "more": Runs(str(marker))}
+    if form == "zip":
+        th.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    for name, words in {
+        "image_sample": f"--model_path {path}",
+        "classifier_sample": f"--model_path {model_of(plain)} --classifier_path {path}",
+        "image_train": f"--data_dir {pets}/train {NET} {TRAIN} --iterations 2 --resume_checkpoint {path}",
+        "classifier_train": f"--data_dir {pets}/train {CLASSIFIER} {TRAIN} --iterations 2 --resume_checkpoint {path}",
+    }.items():
+        refused(name, f"{words} --log_dir {tmp_path}/out", "refused .*mkdir.*nothing in it was executed"
+                if form == "zip" else "(refused|not a checkpoint)")  # fmt: skip
+    assert not marker.exists()
+
+
+# Losses that are not numbers
+
+
+def test_a_rate_that_breaks_the_network_stops_the_run(digits, tmp_path):
+    refused("image_train", f"--data_dir {digits}/train {NET} {TRAIN} --lr 1e30 --max_bad_steps 3 --iterations 50"
+            f" --log_dir {tmp_path}", "not finite in 3 updates in a row.*lower --lr.*--grad_clip")  # fmt: skip
+    assert rows(tmp_path)[-1]["step"] == "3" and rows(tmp_path)[-1]["skipped_steps"] == "2"
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("name, words, task", [
+    ("image_train", NET, train_util.DiffusionTask),
+    ("classifier_train", f"{CLASSIFIER} --num_classes 3", train_util.ClassifierTask),
+])  # fmt: skip
+def test_a_loss_that_is_not_a_number_costs_one_update(name, words, task, pets, tmp_path, monkeypatch):
+    loss, count = task.loss, []
+
+    def poisoned(self, *args):
+        count.append(1)
+        terms = loss(self, *args)
+        return terms | {"loss": terms["loss"] * (float("nan") if len(count) == 2 else 1)}
+
+    monkeypatch.setattr(task, "loss", poisoned)
+    said = done(name, f"--data_dir {pets}/train {words} {TRAIN} --iterations 4 --log_dir {tmp_path}").out
+    assert "not finite: step skipped (1 so far)" in said
+    assert [row["skipped_steps"] for row in rows(tmp_path)] == ["", "1", "", ""]
+    assert all(value.isfinite().all() for value in checkpoint.load(tmp_path / "model000004.pt").values())
+
+
+def test_samples_that_are_not_numbers_are_not_written(plain, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(plain, folder)
+    state = checkpoint.load(model_of(folder))
+    state["out.2.bias"][:] = float("nan")
+    checkpoint.save(state, model_of(folder))
+    refused("image_sample", f"--model_path {model_of(folder)} --num_samples 3 --batch_size 2 --timestep_respacing 2"
+            f" --log_dir {tmp_path}/out", r"not finite for samples \[0, 1\]")  # fmt: skip
+    assert names(tmp_path / "out") == ["log.txt"]
