@@ -5,6 +5,7 @@ digits that steers it, and a report with pictures and scores. No label ever reac
 
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -60,7 +61,9 @@ class Demo:
         words = [script, *map(str, words)]
         print(f"\n$ python {shlex.join(words)}", flush=True)
         start = time.monotonic()
-        done = subprocess.run([sys.executable, str(ROOT / script), *words[1:]])
+        # So small a network loses little by one thread; with more it stalls whenever another program wants a core.
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        done = subprocess.run([sys.executable, str(ROOT / script), *words[1:]], env=env)
         if done.returncode:
             raise ValueError(f"{script} ended with exit code {done.returncode}; what it said stands above")
         self.commands.append((f"python {shlex.join(words)}", time.monotonic() - start))
