@@ -238,7 +238,7 @@ def infer_flags(state_dict, image_size=None, image_channels=None, path="this"):
     What the names and shapes of a network's tensors determine of the flags that built it.
 
     Heads, attention order, dropout and the process leave no trace there; neither, in rare classifiers, does the
-    division into levels. What is not determined is absent.
+    division into levels. What is not determined is absent. `num_classes` counts the null class, if there is one.
 
     :param state_dict: {name: anything with a shape}.
     :param image_size: side of the images (large_size) if known; it turns factors of attention into sides.
@@ -379,6 +379,15 @@ def misfits(flags, inferred):
     :param inferred: what infer_flags returned.
     """
     wrong = {name: told for name, told in inferred.items() if name in flags and flags[name] != told}
+    if "class_dropout" in flags and inferred.get("class_cond"):
+        # One row of the labels' embedding may be the null class, which only the flags can tell.
+        rows, classes = inferred["num_classes"], flags["num_classes"]
+        dropped = flags["class_dropout"] > 0
+        wrong.pop("num_classes", None)
+        if rows - classes == (not dropped):
+            wrong["class_dropout"] = 0.0 if dropped else 0.1
+        elif rows != classes + dropped:
+            wrong["num_classes"] = rows - dropped
     prefix = "classifier_" if inferred["kind"] == "classifier" else ""
     mult_name, attention_name = f"{prefix}channel_mult", f"{prefix}attention_resolutions"
     if "attention_downsampling" not in inferred or not {mult_name, attention_name} <= set(flags):

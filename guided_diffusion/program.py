@@ -2,10 +2,11 @@
 
 import argparse
 import os
+from functools import partial
 
 import torch as th
 
-from . import checkpoint, config, dist_util, logger
+from . import checkpoint, config, dist_util, guidance, logger
 from .generate import collect, sample_stream, save_samples
 from .image_datasets import load_data
 
@@ -107,6 +108,20 @@ def run(main):
     config.run_program(leave_together)
 
 
+def free_guidance(args, flags, diffusion):
+    """The classifier-free guidance that SampleOptions ask for, from predictor to predictor, or None."""
+    config.check_guidance(args, flags)
+    if args.guidance_scale == 1:
+        return None
+    return partial(
+        guidance.classifier_free,
+        null={"y": config.null_class(flags)},
+        scale=args.guidance_scale,
+        combine=guidance.rescaled(diffusion, args.guidance_rescale) if args.guidance_rescale else guidance.linear,
+        batched=args.guidance_batched,
+    )
+
+
 def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
     """Draw the samples that SampleOptions ask for and write them; `flags` tell their shape."""
     if names:  # a network may have room for more classes than it was shown
@@ -125,6 +140,7 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
         eta=args.eta,
         clip_denoised=args.clip_denoised,
         cond_fn=cond_fn,
+        guide=free_guidance(args, flags, diffusion),
         device=dist_util.dev(),
         rank=dist_util.rank(),
         num_ranks=dist_util.world_size(),
