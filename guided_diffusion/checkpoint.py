@@ -371,6 +371,16 @@ def _factor(width, base):
     return str(int(ratio) if ratio.is_integer() else ratio)
 
 
+def _null_apart(inferred, flags):
+    """What the tensors tell, num_classes without the null class: only the flags tell whether the last row is one."""
+    if not inferred.get("class_cond") or not {"num_classes", "class_dropout"} <= set(flags):
+        return inferred
+    rows, null = inferred["num_classes"], flags["class_dropout"] > 0
+    if rows == flags["num_classes"] + (not null):
+        return inferred | {"num_classes": flags["num_classes"], "class_dropout": 0.0 if null else 0.1}
+    return inferred | {"num_classes": rows - null}
+
+
 def misfits(flags, inferred):
     """
     Which flags contradict the tensors: {name: what the tensors tell}.
@@ -378,16 +388,8 @@ def misfits(flags, inferred):
     :param flags: {name: value} as for the builders.
     :param inferred: what infer_flags returned.
     """
+    inferred = _null_apart(inferred, flags)
     wrong = {name: told for name, told in inferred.items() if name in flags and flags[name] != told}
-    if "class_dropout" in flags and inferred.get("class_cond"):
-        # One row of the labels' embedding may be the null class, which only the flags can tell.
-        rows, classes = inferred["num_classes"], flags["num_classes"]
-        dropped = flags["class_dropout"] > 0
-        wrong.pop("num_classes", None)
-        if rows - classes == (not dropped):
-            wrong["class_dropout"] = 0.0 if dropped else 0.1
-        elif rows != classes + dropped:
-            wrong["num_classes"] = rows - dropped
     prefix = "classifier_" if inferred["kind"] == "classifier" else ""
     mult_name, attention_name = f"{prefix}channel_mult", f"{prefix}attention_resolutions"
     if "attention_downsampling" not in inferred or not {mult_name, attention_name} <= set(flags):

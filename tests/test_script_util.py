@@ -55,7 +55,7 @@ SIGNATURES = {
     + MODEL_AND_DIFFUSION.replace("image_size", "large_size, small_size")
     .replace(" channel_mult,", "")
     .replace(", use_new_attention_order", "")
-    + ", image_channels=3, num_classes=1000, class_dropout=0.0, channel_mult='', use_new_attention_order=False)",
+    + ", image_channels=3, num_classes=1000, channel_mult='', class_dropout=0.0, use_new_attention_order=False)",
 }
 
 
@@ -119,7 +119,7 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, 5)
 
 
 # --------------------------------------------------------------------------------------------------- networks, process
