@@ -206,7 +206,15 @@ class SampleOptions:
     guidance_scale: float = option(
         1.0,
         "classifier-free guidance, from the unconditional prediction towards the conditional one and beyond; 1: the"
-        " conditional one; other values need a model trained with --class_dropout",
+        " conditional one; other values need a model trained with --class_dropout, or --guide_path",
+    )
+    guide_path: str = option(
+        "",
+        "checkpoint of a worse model, smaller or trained less, to guide away from instead of from the unconditional"
+        " prediction (autoguidance); empty: none",
+    )
+    guidance_interval: str = option(
+        "", "noise levels sigma between which --guidance_scale is in force, as 0.2,5; empty: all"
     )
     guidance_batched: bool = option(
         True, "run both predictions of classifier-free guidance in one batch of twice the size, instead of in turn"
@@ -479,11 +487,26 @@ def null_class(flags):
 
 
 def check_guidance(args, flags):
-    """Raise ValueError if SampleOptions ask a model of these flags for classifier-free guidance that it cannot give."""
-    if args.guidance_scale != 1 and null_class(flags) is None:
+    """Raise ValueError if SampleOptions ask a model of these flags for guidance that it cannot give."""
+    if args.guidance_scale != 1 and null_class(flags) is None and not args.guide_path:
         raise ValueError(
             f"--guidance_scale {args.guidance_scale}: the model was trained without --class_dropout and cannot predict"
-            " without a label: keep 1, train with --class_dropout 0.1, or guide by a classifier (classifier_sample.py)"
+            " without a label: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide by"
+            " a classifier (classifier_sample.py)"
         )
     if not 0 <= args.guidance_rescale <= 1:
         raise ValueError(f"--guidance_rescale is a share from 0 to 1, not {args.guidance_rescale}")
+    for name in ("guide_path", "guidance_interval", "guidance_rescale"):
+        if args.guidance_scale == 1 and getattr(args, name):
+            raise ValueError(f"--{name} has no effect at --guidance_scale 1: give another scale, as 2")
+
+
+def parse_interval(text):
+    """'0.2,5' -> (0.2, 5.0), '' -> (0, inf). Raises ValueError unless these are two numbers, the larger one last."""
+    if not text:
+        return 0.0, math.inf
+    with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+        low, high = map(parse_float, text.split(","))
+        if 0 <= low < high:
+            return low, high
+    raise ValueError(f"cannot read the interval {text!r}: give two noise levels, the larger one last, as 0.2,5")

@@ -74,7 +74,8 @@ def repaint(process, predict, rule, x, known, mask, *, jump=10, times=10, noise=
     """
     Inpainting by resampling (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1): after each step the known
     part is replaced by the data noised to that row; every `jump` rows are walked `times` times, noised back between,
-    so that the unknown part can come to agree with the known one. Yields `(x, Prediction)` as `sampling.sample`.
+    so that the unknown part can come to agree with the known one. It comes near p(unknown | known) without being exact:
+    modes that differ little in the known part stay mixed up. Yields `(x, Prediction)` as `sampling.sample`.
 
     :param rule: a step rule; `sampling.ddpm` in the paper.
     :param x: [N, ...] the start, N(0, I).

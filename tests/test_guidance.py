@@ -535,6 +535,41 @@ def test_guidance_changes_samples_and_scale_1_is_the_conditional_model(home, tmp
     assert np.abs(drawn - unconditional).mean() < 0.5 * np.abs(drawn - conditional).mean()
 
 
+def test_guidance_only_between_two_noise_levels(home, tmp_path):
+    """At 6 of 1000 rows of the cosine schedule sigma is 0.01, .31, .71, 1.34, 3.0 and 20000."""
+    words = "--guidance_scale 3 --guidance_interval"
+    everywhere = draw(home, tmp_path / "three", "--guidance_scale 3")
+    assert (draw(home, tmp_path / "wide", f"{words} 0,1e6") == everywhere).all()
+    conditional = draw(home, tmp_path / "none")
+    assert (draw(home, tmp_path / "between", f"{words} 0.4,0.5") == conditional).all()
+    part = draw(home, tmp_path / "part", f"{words} 0.5,2")
+    assert (part != everywhere).any() and (part != conditional).any()
+    network, diffusion, _ = open_diffusion(home / "free" / model("free"), {"timestep_respacing": "6"})
+    np.testing.assert_allclose(diffusion.sqrt_recipm1_alphas_cumprod[:5], [0.0064, 0.33, 0.73, 1.38, 3.1], rtol=0.05)
+
+    def by_hand(predict):
+        strong = classifier_free(predict, {"y": 3}, 3.0, batched=True)
+        return lambda x, t, y: (strong if t[0] in (2, 3) else predict)(x, t, y=y)
+
+    stream = generate.sample_stream(diffusion, network, shape=(1, 8, 8), num_samples=6, batch_size=6, guide=by_hand,
+                                    labels=[0, 1, 2, 0, 1, 2], num_classes=3)  # fmt: skip
+    assert (generate.collect(stream)[0] == part).all()
+
+
+def test_a_worse_model_guides(home, tmp_path):
+    """Away from the model after one update; a model that guides itself is itself."""
+    conditional = draw(home, tmp_path / "none")
+    itself = draw(home, tmp_path / "itself", f"--guidance_scale 3 --guide_path {home}/free/{model('free')}")
+    assert np.abs(itself - conditional).max() <= 1
+    auto = draw(home, tmp_path / "auto", f"--guidance_scale 1.5 --guide_path {home}/plain/{model('plain')}")
+    nets = [open_diffusion(home / run / model(run), {"timestep_respacing": "6"}) for run in ("free", "plain")]
+    worse = nets[1][1].predictor(nets[1][0], clip_denoised=False)
+    stream = generate.sample_stream(nets[0][1], nets[0][0], shape=(1, 8, 8), num_samples=6, batch_size=6,
+                                    guide=lambda predict: mix(predict, worse, 1.5), labels=[0, 1, 2, 0, 1, 2],
+                                    num_classes=3)  # fmt: skip
+    assert (generate.collect(stream)[0] == auto).all() and np.abs(auto - conditional).mean() > 1
+
+
 def test_guidance_does_not_depend_on_the_batch(home, tmp_path):
     whole = draw(home, tmp_path / "whole", "--guidance_scale 2")
     parts = draw(home, tmp_path / "parts", "--guidance_scale 2 --batch_size 4")
@@ -581,10 +616,23 @@ def test_a_model_without_config_tells_what_it_lacks(home, tmp_path):
     ("--guidance_scale 3", "plain", "--guidance_scale 3.0: the model was trained without --class_dropout"),
     ("--guidance_scale 0", "plain", "cannot predict without a label"),
     ("--guidance_scale 2 --guidance_rescale 1.5", "free", "share from 0 to 1, not 1.5"),
+    ("--guidance_rescale 0.5", "free", "--guidance_rescale has no effect at --guidance_scale 1"),
+    ("--guide_path {free}", "free", "--guide_path has no effect at --guidance_scale 1"),
+    ("--guidance_scale 2 --guide_path {free}x", "free", "no checkpoint .*did you mean"),
+    ("--guidance_scale 2 --guide_path {small}", "free", "model has noise_schedule cosine and .* has linear"),
+    ("--guidance_scale 2 --guidance_interval 5,1", "free", "cannot read the interval '5,1'"),
+    ("--guidance_scale 2 --guidance_interval 1,2,3", "free", "two noise levels"),
     ("--guidance_scale nan", "free", "number expected"),
 ])  # fmt: skip
 def test_guidance_that_cannot_be_is_refused(home, tmp_path, words, run, pattern):
-    refused("image_sample", f"--model_path {home}/{run}/{model(run)} {SAMPLE} {words} --log_dir {tmp_path}", pattern)
+    paths = {"free": home / "free" / model("free"), "small": tmp_path / "small" / model("plain")}
+    if "small" in words:
+        shutil.copytree(home / "plain", tmp_path / "small")
+        content = json.loads((tmp_path / "small" / "config.json").read_text())
+        content["flags"]["noise_schedule"] = "linear"
+        (tmp_path / "small" / "config.json").write_text(json.dumps(content))
+    words = f"--model_path {home}/{run}/{model(run)} {SAMPLE} {words.format(**paths)} --log_dir {tmp_path}"
+    refused("image_sample", words, pattern)
 
 
 @pytest.mark.parametrize("words, pattern", [
