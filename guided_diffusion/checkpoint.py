@@ -238,7 +238,7 @@ def infer_flags(state_dict, image_size=None, image_channels=None, path="this"):
     What the names and shapes of a network's tensors determine of the flags that built it.
 
     Heads, attention order, dropout and the process leave no trace there; neither, in rare classifiers, does the
-    division into levels. What is not determined is absent.
+    division into levels. What is not determined is absent. `num_classes` counts the null class, if there is one.
 
     :param state_dict: {name: anything with a shape}.
     :param image_size: side of the images (large_size) if known; it turns factors of attention into sides.
@@ -371,6 +371,16 @@ def _factor(width, base):
     return str(int(ratio) if ratio.is_integer() else ratio)
 
 
+def _null_apart(inferred, flags):
+    """What the tensors tell, num_classes without the null class: only the flags tell whether the last row is one."""
+    if not inferred.get("class_cond") or not {"num_classes", "class_dropout"} <= set(flags):
+        return inferred
+    rows, null = inferred["num_classes"], flags["class_dropout"] > 0
+    if rows == flags["num_classes"] + (not null):
+        return inferred | {"num_classes": flags["num_classes"], "class_dropout": 0.0 if null else 0.1}
+    return inferred | {"num_classes": rows - null}
+
+
 def misfits(flags, inferred):
     """
     Which flags contradict the tensors: {name: what the tensors tell}.
@@ -378,6 +388,7 @@ def misfits(flags, inferred):
     :param flags: {name: value} as for the builders.
     :param inferred: what infer_flags returned.
     """
+    inferred = _null_apart(inferred, flags)
     wrong = {name: told for name, told in inferred.items() if name in flags and flags[name] != told}
     prefix = "classifier_" if inferred["kind"] == "classifier" else ""
     mult_name, attention_name = f"{prefix}channel_mult", f"{prefix}attention_resolutions"

@@ -54,6 +54,11 @@ class _Network(_Data):
     )
     dropout: float = option(0.0, "probability of dropping a feature in the residual blocks")
     class_cond: bool = option(False, "give the class label to the network")
+    class_dropout: float = option(
+        0.0,
+        "train without the label this often, as 0.1, for classifier-free guidance: the network then has one class"
+        " more, numbered num_classes, that stands for no label",
+    )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "time and class scale and shift the features instead of adding to them")
     resblock_updown: bool = option(False, "resample inside residual blocks (BigGAN) instead of by a convolution")
@@ -198,6 +203,25 @@ class SampleOptions:
     eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
     classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
     grid: bool = option(True, "also write a picture of the first samples")
+    guidance_scale: float = option(
+        1.0,
+        "classifier-free guidance, from the unconditional prediction towards the conditional one and beyond; 1: the"
+        " conditional one; other values need a model trained with --class_dropout, or --guide_path",
+    )
+    guide_path: str = option(
+        "",
+        "checkpoint of a worse model, smaller or trained less, to guide away from instead of from the unconditional"
+        " prediction (autoguidance); empty: none",
+    )
+    guidance_interval: str = option(
+        "", "noise levels sigma between which --guidance_scale is in force, as 0.2,5; empty: all"
+    )
+    guidance_batched: bool = option(
+        True, "run both predictions of classifier-free guidance in one batch of twice the size, instead of in turn"
+    )
+    guidance_rescale: float = option(
+        0.0, "how far, from 0 to 1, guided predictions are brought back to the contrast of the conditional ones"
+    )
 
 
 @dataclass
@@ -446,3 +470,43 @@ def check_classes(flags, classes):
             f"--classes {classes}: the model is unconditional (class_cond False): drop --classes, use a model trained"
             " with --class_cond True, or guide this one by a classifier (classifier_sample.py)"
         )
+
+
+def null_class(flags):
+    """
+    The label that stands for no label in a diffusion network of these flags, or None if it has none.
+
+    :raises ValueError: if class_dropout is no probability below 1, or there are no labels to drop.
+    """
+    rate = flags["class_dropout"]
+    if not 0 <= rate < 1:
+        raise ValueError(f"--class_dropout is how often the label is dropped, from 0 to below 1, not {rate}")
+    if rate and not flags["class_cond"]:
+        raise ValueError(f"--class_dropout {rate}: there are no labels to drop without --class_cond True")
+    return flags["num_classes"] if rate else None
+
+
+def check_guidance(args, flags):
+    """Raise ValueError if SampleOptions ask a model of these flags for guidance that it cannot give."""
+    if args.guidance_scale != 1 and null_class(flags) is None and not args.guide_path:
+        raise ValueError(
+            f"--guidance_scale {args.guidance_scale}: the model was trained without --class_dropout and cannot predict"
+            " without a label: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide by"
+            " a classifier (classifier_sample.py)"
+        )
+    if not 0 <= args.guidance_rescale <= 1:
+        raise ValueError(f"--guidance_rescale is a share from 0 to 1, not {args.guidance_rescale}")
+    for name in ("guide_path", "guidance_interval", "guidance_rescale"):
+        if args.guidance_scale == 1 and getattr(args, name):
+            raise ValueError(f"--{name} has no effect at --guidance_scale 1: give another scale, as 2")
+
+
+def parse_interval(text):
+    """'0.2,5' -> (0.2, 5.0), '' -> (0, inf). Raises ValueError unless these are two numbers, the larger one last."""
+    if not text:
+        return 0.0, math.inf
+    with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+        low, high = map(parse_float, text.split(","))
+        if 0 <= low < high:
+            return low, high
+    raise ValueError(f"cannot read the interval {text!r}: give two noise levels, the larger one last, as 0.2,5")

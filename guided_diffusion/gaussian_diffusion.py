@@ -55,9 +55,13 @@ class GaussianDiffusion(Process):
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
 
-    def predictor(self, model, clip_denoised=True, denoised_fn=None, cond_fn=None):
-        """The network as a predictor `(x, t, **model_kwargs) -> Prediction`: read, then clipped, then guided."""
+    def predictor(self, model, clip_denoised=True, denoised_fn=None, cond_fn=None, guide=None):
+        """
+        The network as a predictor `(x, t, **model_kwargs) -> Prediction`: read, then mixed by `guide` (a function from
+        predictor to predictor, such as classifier-free guidance), then clipped, then guided by the gradient cond_fn.
+        """
         predict = prediction.predictor(self, model, self.model_mean_type, self.model_var_type)
+        predict = predict if guide is None else guide(predict)
         predict = prediction.clipped(predict, self, clip_denoised, denoised_fn)
         if cond_fn is None:
             return predict

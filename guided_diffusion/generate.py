@@ -26,6 +26,7 @@ def sample_stream(
     eta=0.0,
     clip_denoised=True,
     cond_fn=None,
+    guide=None,
     device="cpu",
     rank=0,
     num_ranks=1,
@@ -39,12 +40,13 @@ def sample_stream(
     :param shape: of one sample, (C, H, W).
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
     :param cond_fn: guidance, `(x, timesteps, y) -> like x`, or None.
+    :param guide: a function from predictor to predictor, applied before clipping, or None.
     :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
     :raises ValueError: for no samples or no batch.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be 1 or more, not {num_samples} and {batch_size}")
-    predict = diffusion.predictor(model, clip_denoised, cond_fn=cond_fn)
+    predict = diffusion.predictor(model, clip_denoised, cond_fn=cond_fn, guide=guide)
     rule = partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm
     mine = range(rank, num_samples, num_ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]

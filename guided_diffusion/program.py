@@ -3,11 +3,13 @@
 import argparse
 import os
 
+import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, logger
+from . import checkpoint, config, dist_util, guidance, logger
 from .generate import collect, sample_stream, save_samples
 from .image_datasets import load_data
+from .script_util import open_diffusion
 
 
 def start(args, *settled_later):
@@ -107,6 +109,46 @@ def run(main):
     config.run_program(leave_together)
 
 
+def guide_of(args, flags, diffusion):
+    """
+    The guidance that SampleOptions ask for before clipping, classifier-free or by a worse model: a function from
+    predictor to predictor, or None. Raises ValueError where the model, or the two, cannot give it.
+    """
+    config.check_guidance(args, flags)
+    low, high = config.parse_interval(args.guidance_interval)
+    if args.guidance_scale == 1:
+        return None
+    how = {"scale": args.guidance_scale, "combine": guidance.linear}
+    if args.guidance_rescale:
+        how["combine"] = guidance.rescaled(diffusion, args.guidance_rescale)
+    sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
+    first, last = np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+    worse = worse_model(args, flags) if args.guide_path else None
+
+    def guide(predict):
+        if worse:
+            guided = guidance.mix(predict, worse, **how)
+        else:
+            null = {"y": config.null_class(flags)}
+            guided = guidance.classifier_free(predict, null, batched=args.guidance_batched, **how)
+        return guidance.interval(guided, predict, first, last) if args.guidance_interval else guided
+
+    return guide
+
+
+def worse_model(args, flags):
+    """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
+    explicit = {"timestep_respacing": flags["timestep_respacing"]}
+    network, diffusion, its_flags = open_diffusion(args.guide_path, explicit, dist_util.dev())
+    for name in ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "class_cond", "num_classes"):
+        if flags[name] != its_flags[name]:
+            raise ValueError(
+                f"--guide_path: the model has {name} {flags[name]} and {args.guide_path} has {its_flags[name]}: only a"
+                " model of the same images, noise and classes can guide"
+            )
+    return diffusion.predictor(network, clip_denoised=False)
+
+
 def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
     """Draw the samples that SampleOptions ask for and write them; `flags` tell their shape."""
     if names:  # a network may have room for more classes than it was shown
@@ -125,6 +167,7 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
         eta=args.eta,
         clip_denoised=args.clip_denoised,
         cond_fn=cond_fn,
+        guide=guide_of(args, flags, diffusion),
         device=dist_util.dev(),
         rank=dist_util.rank(),
         num_ranks=dist_util.world_size(),

@@ -93,11 +93,14 @@ def args_to_dict(args, keys):
 def create_model(image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
                  use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1,
                  num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False,
-                 use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES):
+                 use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0):
     """
     The UNetModel that the options of the same names describe (see config.ModelOptions).
 
-    Raises ValueError if the image size, the widths or the heads do not divide as the network needs.
+    With class_dropout, label_emb has a last row more, for the label num_classes: the null class.
+
+    Raises ValueError if the image size, the widths or the heads do not divide as the network needs, or if
+    class_dropout is no probability below 1 or has no classes to drop.
     """
     return _unet(UNetModel, **locals())
 
@@ -105,7 +108,7 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
 def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
                     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm,
                     dropout, resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False,
-                    image_channels=3, num_classes=NUM_CLASSES):
+                    image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0):
     """The SuperResModel for images of large_size; as the network takes any low_res, small_size changes nothing."""
     flags = dict(locals())
     del flags["small_size"]
@@ -113,7 +116,8 @@ def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_
 
 
 def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class_cond, attention_resolutions,
-          image_channels, num_classes, **same_name):
+          image_channels, num_classes, class_dropout, **same_name):
+    null = config.null_class({"class_cond": class_cond, "num_classes": num_classes, "class_dropout": class_dropout})
     return network(
         image_size=image_size,
         in_channels=image_channels,
@@ -121,7 +125,7 @@ def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class
         out_channels=image_channels * (2 if learn_sigma else 1),
         attention_resolutions=config.attention_downsampling(attention_resolutions, image_size),
         channel_mult=config.levels(channel_mult, image_size, super_res=network is SuperResModel),
-        num_classes=num_classes if class_cond else None,
+        num_classes=(num_classes + (null is not None)) if class_cond else None,
         **same_name,
     )
 

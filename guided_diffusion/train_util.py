@@ -99,6 +99,8 @@ class Trainer:
     :param val_data: iterator for validation every `eval_interval` steps, or None.
     :param seed: of the timesteps and noise.
     :param progress: show a progress bar.
+    :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
+        `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
     :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
     """
 
@@ -127,6 +129,7 @@ class Trainer:
         eval_interval=0,
         seed=0,
         progress=False,
+        drop=None,
         flags=None,
     ):
         counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
@@ -143,7 +146,7 @@ class Trainer:
         self.ema_rates, self.ema_warmup = list(ema_rates), ema_warmup
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
         self.max_bad_steps, self.val_data = max_bad_steps, val_data
-        self.seed, self.progress = seed, progress
+        self.seed, self.progress, self.drop = seed, progress, drop
         self.step = self.saved_at = 0
         self.device = next(task.net.parameters()).device
 
@@ -244,6 +247,7 @@ class Trainer:
         x0 = x0.to(self.device, non_blocking=True)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
         t, weights = self.task.draw(len(x0), self.device, rng)
+        cond = self.drop(cond, rng) if self.drop else cond
         noise = th.randn_like(x0)
         starts = range(0, len(x0), self.microbatch)
         for start in starts:

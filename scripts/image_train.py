@@ -1,6 +1,8 @@
 """Train a diffusion model on images."""
 
-from guided_diffusion import checkpoint, config, dist_util, program
+from functools import partial
+
+from guided_diffusion import checkpoint, config, dist_util, guidance, program
 from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -12,6 +14,8 @@ def main():
     device, folder = program.start(args)
     flags = program.network_flags(args, args.resume_checkpoint, ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
+    null = config.null_class(flags)
+    drop = None if null is None else partial(guidance.dropped, null={"y": null}, rate=flags["class_dropout"])
     data = program.open_training_data(args, flags, flags["class_cond"])
     loop = TrainLoop(
         model=model.to(device),
@@ -23,6 +27,7 @@ def main():
         ema_rate=args.ema_rate,
         ema_warmup=args.ema_warmup,
         lr_anneal_steps=args.lr_anneal_steps,
+        drop=drop,
         **program.loop_options(args, flags),
     )
     if dist_util.is_main():  # only now is it known that all options fit

@@ -62,7 +62,11 @@ MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
     "label_from": "auto",
 }
-MORE_SAMPLING = {"classes": "", "grid": True, "eta": 0.0}
+MORE_MODEL = {"class_dropout": 0.0}
+MORE_SAMPLING = {
+    "classes": "", "grid": True, "eta": 0.0, "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
+    "guide_path": "", "guidance_interval": "",
+}
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
 
 PROGRAMS = {
@@ -70,13 +74,13 @@ PROGRAMS = {
         (TrainOptions, ModelOptions, DiffusionOptions, RunOptions),
         TRAIN | MODEL | DIFFUSION,
         35,
-        RUN | DATA | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True},
+        RUN | DATA | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True},
     ),
     "image_sample": (
         (SampleOptions, ModelOptions, DiffusionOptions, RunOptions),
         SAMPLE | MODEL | DIFFUSION,
         28,
-        RUN | DATA | MORE_SAMPLING,
+        RUN | DATA | MORE_MODEL | MORE_SAMPLING,
     ),
     "classifier_train": (
         (ClassifierTrainOptions, ClassifierOptions, DiffusionOptions, RunOptions),
@@ -88,13 +92,13 @@ PROGRAMS = {
         (ClassifierSampleOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions),
         SAMPLE | {"classifier_path": "", "classifier_scale": 1.0} | MODEL | DIFFUSION | CLASSIFIER,
         37,
-        RUN | DATA | MORE_SAMPLING | MORE_CLASSIFIER,
+        RUN | DATA | MORE_MODEL | MORE_SAMPLING | MORE_CLASSIFIER,
     ),
     "super_res_train": (
         (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
         TRAIN | SUPER_RES | DIFFUSION,
         34,
-        RUN | DATA | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True}
+        RUN | DATA | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True}
         | {"channel_mult": "", "use_new_attention_order": False},
     ),
 }
@@ -234,7 +238,7 @@ def test_groups_that_share_a_name_must_agree():
 def test_flags_of_selects_the_options_of_the_groups():
     args = sample_args("--learn_sigma", "--image_size", "8")
     assert config.flags_of(args, DiffusionOptions) == DIFFUSION | {"learn_sigma": True}
-    assert config.flags_of(args, ModelOptions) == MODEL | DATA | {"image_size": 8}
+    assert config.flags_of(args, ModelOptions) == MODEL | MORE_MODEL | DATA | {"image_size": 8}
 
 
 def test_the_listing_is_aligned_and_marks_what_was_typed():

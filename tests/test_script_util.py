@@ -42,20 +42,20 @@ SIGNATURES = {
     "create_model": "(image_size, num_channels, num_res_blocks, channel_mult='', learn_sigma=False, class_cond=False,"
     " use_checkpoint=False, attention_resolutions='16', num_heads=1, num_head_channels=-1, num_heads_upsample=-1,"
     " use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,"
-    " image_channels=3, num_classes=1000)",
+    " image_channels=3, num_classes=1000, class_dropout=0.0)",
     "create_classifier": f"({CLASSIFIER}, classifier_channel_mult='', classifier_num_head_channels=64,"
     " classifier_dropout=0.0, image_channels=3, num_classes=1000)",
     "create_gaussian_diffusion": "(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule='linear',"
     " use_kl=False, predict_xstart=False, rescale_timesteps=False, rescale_learned_sigmas=False,"
     " timestep_respacing='')",
-    "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000)",
+    "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000, class_dropout=0.0)",
     "create_classifier_and_diffusion": f"({CLASSIFIER}, {PROCESS}, image_channels=3, num_classes=1000,"
     " classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0)",
     "sr_create_model_and_diffusion": "("
     + MODEL_AND_DIFFUSION.replace("image_size", "large_size, small_size")
     .replace(" channel_mult,", "")
     .replace(", use_new_attention_order", "")
-    + ", image_channels=3, num_classes=1000, channel_mult='', use_new_attention_order=False)",
+    + ", image_channels=3, num_classes=1000, channel_mult='', class_dropout=0.0, use_new_attention_order=False)",
 }
 
 
@@ -119,7 +119,7 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, 5)
 
 
 # --------------------------------------------------------------------------------------------------- networks, process
