@@ -14,7 +14,14 @@ PACKAGE = ROOT / "guided_diffusion"
 
 # Each line may import what stands to the left of it or on earlier lines of its part; machinery may import anything
 # above it. Mathematics and networks never meet below the machinery.
-MATHEMATICS = ["process", "prediction", "sampling guidance losses resample", "gaussian_diffusion", "respace toy"]
+MATHEMATICS = [
+    "schedules",
+    "process",
+    "prediction",
+    "sampling guidance losses resample",
+    "gaussian_diffusion likelihood",
+    "respace toy",
+]
 NETWORKS = ["nn", "unet"]
 MACHINERY = [
     "config pictures image_datasets",
