@@ -43,7 +43,7 @@ class Process:
             self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - abar)
             self.log_one_minus_alphas_cumprod = np.log(1 - abar)
             self.sqrt_recip_alphas_cumprod = np.sqrt(1 / abar)
-            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / abar - 1)  # sigma, the noise level of x_t / sqrt(abar)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt((1 - abar) / abar)  # sigma, the noise level of x_t / sqrt(abar)
 
         # q(x_{t-1} | x_t, x_0): DDPM eqs. 6 and 7.
         self.posterior_variance = betas * (1 - abar_prev) / (1 - abar)
@@ -110,7 +110,7 @@ class Process:
         wanted = np.asarray(log_snr, dtype=np.float64)
         table = log_snr_from_sigma(self.sqrt_recipm1_alphas_cumprod)
         levels = table[: self.num_timesteps - self.ends_in_noise]
-        room = 1e-9 * (1 + np.abs(wanted))  # of rounding on the way here
+        room = 1e-9 * (1 + np.abs(levels).max())  # for rounding on the way here
         noise = self.ends_in_noise & (wanted == -np.inf)
         if not (noise | ((wanted <= levels[0] + room) & (wanted >= levels[-1] - room))).all():
             raise ValueError(

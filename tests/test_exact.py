@@ -11,7 +11,15 @@ import torch as th
 from guided_diffusion import sampling, toy
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.guidance import classifier_guided, interval, mix
-from guided_diffusion.prediction import Prediction, clipped, edm_scales, edm_target, eps_from_x0, posterior_mean, velocity
+from guided_diffusion.prediction import (
+    Prediction,
+    clipped,
+    edm_scales,
+    edm_target,
+    eps_from_x0,
+    posterior_mean,
+    velocity,
+)
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
