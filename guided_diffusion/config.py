@@ -109,7 +109,12 @@ class DiffusionOptions:
 
     learn_sigma: bool = option(False, "the network also predicts the variance of each step")
     diffusion_steps: int = option(1000, "steps of the noising process")
-    noise_schedule: str = option("linear", "how noise grows over the steps: linear (21 steps or more) or cosine")
+    noise_schedule: str = option(
+        "linear",
+        "how noise grows over the steps: linear (21 steps or more), cosine, sigmoid, sigmoid_beta, sqrt_linear,"
+        " log_linear or karras; and after a +, changes of it: zero_snr ends in pure noise, shift2 doubles the noise as"
+        " for images of twice the side; as cosine+shift4",
+    )
     timestep_respacing: str = option(
         "", "keep fewer steps: a count (250), counts for equal sections (10,15,20), or ddim25 for a fixed stride"
     )
@@ -125,6 +130,18 @@ class DiffusionOptions:
         "weigh the variational term of a learned variance by steps/1000; True was the default of improved-diffusion,"
         " and matters only if --diffusion_steps is not 1000",
     )
+    predict: str = option(
+        "",
+        "what the network predicts: the noise, the clean image, the velocity, the previous image, or EDM's mix of noise"
+        " and clean image; empty: as --predict_xstart says",
+        ("eps", "x0", "v", "previous_x", "edm"),
+    )
+    loss_weight: str = option(
+        "unit",
+        "weight of the squared error by noise level: unit, snr, snr_plus_one, truncated_snr, min_snr, soft_min_snr, p2"
+        " or edm; all but unit weigh the clean image's error alike whatever is predicted",
+    )
+    sigma_data: float = option(0.5, "standard deviation of the data, for --predict edm and --loss_weight edm")
 
 
 # ---------------------------------------------------------------------------------------------------------- programs

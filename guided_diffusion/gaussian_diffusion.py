@@ -44,10 +44,26 @@ class GaussianDiffusion(Process):
     :param model_var_type: a ModelVarType.
     :param loss_type: a LossType.
     :param rescale_timesteps: tell the network timesteps on the scale 0..1000, whatever T is.
+    :param loss_weight: a row of losses.LOSS_WEIGHTS, which multiplies the squared error of training.
+    :param sigma_data: the standard deviation of the data, for EDM's prediction and weight.
+    :raises ValueError: if the prediction does not suit the process, or the weight is unknown or has nothing to weigh.
     """
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False, timesteps=None):
+    def __init__(
+        self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False, timesteps=None,
+        loss_weight="unit", sigma_data=Process.sigma_data,
+    ):
         super().__init__(betas, timesteps)
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data, the standard deviation of the data, must be positive, not {sigma_data}")
+        self.sigma_data = sigma_data
+        self.loss_weights = losses.loss_weights(self, loss_weight, model_mean_type)
+        if loss_type.is_vb() and loss_weight != "unit":
+            raise ValueError(
+                f"loss_weight {loss_weight} weighs the squared error, and the variational bound has none: "
+                "use the weight unit, or train on the squared error (use_kl False)"
+            )
+        self.loss_weight = loss_weight
         if rescale_timesteps and timesteps is None:
             self.timesteps = self.timesteps * (1000.0 / self.num_timesteps)
         self.model_mean_type = model_mean_type
@@ -168,7 +184,8 @@ class GaussianDiffusion(Process):
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """The terms of the training loss at rows t: dict of [N], always with `loss`."""
         kinds = self.model_mean_type, self.model_var_type, self.loss_type
-        return losses.training_losses(self, model, x_start, t, noise, model_kwargs or {}, *kinds)
+        weights = None if self.loss_weight == "unit" else "loss_weights"
+        return losses.training_losses(self, model, x_start, t, noise, model_kwargs or {}, *kinds, weights)
 
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
         """Bits per dimension, term by term: see `losses.bits_per_dimension`."""

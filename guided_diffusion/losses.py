@@ -3,9 +3,11 @@
 import enum
 import math
 
+import numpy as np
 import torch as th
 
-from .prediction import TARGETS, is_learned, mean_of, read, split_output
+from .prediction import ERRORS, TARGETS, ask, check_fit, is_learned, mean_of, read, snr
+from .schedules import unknown
 
 
 class LossType(enum.Enum):
@@ -18,6 +20,49 @@ class LossType(enum.Enum):
 
     def is_vb(self):
         return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+# Weights of the squared error of x_0, float64 [T] each. `own` is the squared error of what the network says for a
+# squared error 1 of x_0, so that dividing by it gives the weight of the network's own squared error.
+LOSS_WEIGHTS = {
+    "unit": lambda snr, own, sigma_data: own,
+    "snr": lambda snr, own, sigma_data: snr,  # what eps-prediction does of itself
+    "snr_plus_one": lambda snr, own, sigma_data: snr + 1,  # what v-prediction does (Salimans & Ho 2022, section 4)
+    "truncated_snr": lambda snr, own, sigma_data: np.maximum(snr, 1),  # same place
+    "min_snr": lambda snr, own, sigma_data: min_snr(snr),
+    "soft_min_snr": lambda snr, own, sigma_data: soft_min_snr(snr),
+    "p2": lambda snr, own, sigma_data: p2(snr),
+    "edm": lambda snr, own, sigma_data: snr + sigma_data**-2,  # Karras et al. 2022, table 1: 1 / c_out^2
+}
+
+
+def min_snr(snr, gamma=5.0):
+    """min(SNR, gamma), on the error of x_0 (Hang et al. 2023, arXiv 2303.09556, eq. 8)."""
+    return np.minimum(snr, gamma)
+
+
+def soft_min_snr(snr, gamma=4.0):
+    """1 / (sigma^2 + 1 / gamma), on the error of x_0: min-SNR without its corner (Crowson et al. 2024, 2401.11605)."""
+    return gamma * snr / (snr + gamma)
+
+
+def p2(snr, k=1.0, gamma=1.0):
+    """SNR / (k + SNR)^gamma on x_0, which is 1 / (k + SNR)^gamma on eps (Choi et al. 2022, arXiv 2204.00227, eq. 9)."""
+    return snr / (k + snr) ** gamma
+
+
+def loss_weights(process, name, mean_type):
+    """
+    The weight, at each row, of the squared error of what a network of this kind says: float64 [T].
+
+    :param name: a row of LOSS_WEIGHTS.
+    :raises ValueError: for an unknown name (with the nearest), or a kind that does not suit the process.
+    """
+    if name not in LOSS_WEIGHTS:
+        raise ValueError(unknown("loss weight", name, LOSS_WEIGHTS))
+    check_fit(process, mean_type)
+    own = ERRORS[mean_type](process)
+    return LOSS_WEIGHTS[name](snr(process), own, process.sigma_data) / own
 
 
 def flat_mean(values):
@@ -82,7 +127,7 @@ def prior_bpd(process, x_start):
     return flat_mean(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
 
-def training_losses(process, net, x_start, t, noise, cond, mean_type, var_type, loss_type):
+def training_losses(process, net, x_start, t, noise, cond, mean_type, var_type, loss_type, weights=None):
     """
     The terms of the training loss, each [N], always with `loss`.
 
@@ -92,10 +137,11 @@ def training_losses(process, net, x_start, t, noise, cond, mean_type, var_type, 
     :param net: `(x_t, clock, **cond) -> [N, C or 2C, ...]`.
     :param t: [N] rows.
     :param noise: like x_start, or None to draw it.
+    :param weights: the name of a table of the process, [T], that multiplies `mse`; None: 1.
     """
     noise = th.randn_like(x_start) if noise is None else noise
     x_t = process.q_sample(x_start, t, noise)
-    guess, v = split_output(net(x_t, process.clock(t), **cond), x_t, var_type)
+    guess, v = ask(process, net, mean_type, var_type, x_t, t, cond)
 
     def bound(guess):
         return vb_terms_bpd(process, read(process, mean_type, var_type, guess, v, x_t, t), x_start, x_t, t)
@@ -104,6 +150,8 @@ def training_losses(process, net, x_start, t, noise, cond, mean_type, var_type, 
         return {"loss": bound(guess) * (process.num_timesteps if loss_type is LossType.RESCALED_KL else 1)}
     target = TARGETS[mean_type](process, x_start, x_t, t, noise)
     terms = {"mse": flat_mean((target - guess) ** 2)}
+    if weights:
+        terms["mse"] = terms["mse"] * process.at(weights, t, terms["mse"])
     if is_learned(var_type):
         share = process.num_timesteps / 1000 if loss_type is LossType.RESCALED_MSE else 1
         terms["vb"] = bound(guess.detach()) * share

@@ -1,4 +1,4 @@
-"""What a network's output means: clean data, noise, velocity or the previous x; and with which variance.
+"""What a network's output means: clean data, noise, velocity, the previous x or EDM's mix; and with which variance.
 
 A `Predictor` is any callable `(x, t, **cond) -> Prediction` with t [N] rows of a `Process`. Samplers and guidance
 know predictors only; networks appear here once, in `predictor`.
@@ -17,6 +17,7 @@ class ModelMeanType(enum.Enum):
     START_X = enum.auto()  # x_0
     EPSILON = enum.auto()  # the noise
     VELOCITY = enum.auto()  # v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022, arXiv 2202.00512)
+    EDM = enum.auto()  # F, where x_0 = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, arXiv 2206.00364)
 
 
 class ModelVarType(enum.Enum):
@@ -55,7 +56,10 @@ def x0_from_eps(process, x, t, eps):
 
 
 def eps_from_x0(process, x, t, x0):
-    """The inverse of `x0_from_eps`."""
+    """The inverse of `x0_from_eps`; where x_t is pure noise (abar = 0) it is x_t."""
+    if process.ends_in_noise:  # sigma is infinite there; elsewhere the other form is the original's, to the last digit
+        signal = process.at("sqrt_alphas_cumprod", t, x) * x0
+        return (x - signal) / process.at("sqrt_one_minus_alphas_cumprod", t, x)
     scale, sigma = process.at("sqrt_recip_alphas_cumprod", t, x), process.at("sqrt_recipm1_alphas_cumprod", t, x)
     return (scale * x - x0) / sigma
 
@@ -76,24 +80,97 @@ def x0_from_previous(process, x, t, previous):
     return (previous - c2 * x) / c1
 
 
+def snr(process):
+    """abar / (1 - abar) of every row: float64 [T]."""
+    return process.alphas_cumprod / (1 - process.alphas_cumprod)
+
+
 def posterior_mean(process, x, t, x0):
     """The mean of q(x_{t-1} | x_t, x_0)."""
     return process.q_posterior_mean_variance(x0, x, t)[0]
 
 
-# One row a parameterization: how to read x_0 off the network's output, and what to train it on.
+def edm_scales(process, x, t):
+    """
+    (c_skip, c_out, c_in) of Karras et al. 2022, table 1, each like x, for x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps.
+
+    The table is written for y = x_0 + sigma eps = x_t / sqrt(abar): c_skip and c_in here are those times 1 /
+    sqrt(abar), in forms that stay finite where abar is 0.
+    """
+    keep, spoil = process.at("sqrt_alphas_cumprod", t, x), process.at("sqrt_one_minus_alphas_cumprod", t, x)
+    spread = th.sqrt(spoil**2 + (keep * process.sigma_data) ** 2)  # the standard deviation of x_t
+    return keep * (process.sigma_data / spread) ** 2, spoil * process.sigma_data / spread, 1 / spread
+
+
+def edm_noise(process, x, t):
+    """c_noise = log(sigma) / 4: [N], of the precision that tables have beside x."""
+    return process.at("sqrt_recipm1_alphas_cumprod", t, x.flatten(1)[:, 0]).log() / 4
+
+
+def x0_from_edm(process, x, t, output):
+    """x_0 = c_skip x_t + c_out F."""
+    c_skip, c_out, _ = edm_scales(process, x, t)
+    return c_skip * x + c_out * output
+
+
+def edm_target(process, x, t, x0):
+    """The inverse of `x0_from_edm`; for sigma_data 1 it is -v."""
+    c_skip, c_out, _ = edm_scales(process, x, t)
+    return (x0 - c_skip * x) / c_out
+
+
+# One row a parameterization: how to read x_0 off the network's output, what to train it on, and how its squared error
+# compares with that of x_0.
 TO_X0 = {
     ModelMeanType.EPSILON: x0_from_eps,
     ModelMeanType.START_X: lambda process, x, t, x0: x0,
     ModelMeanType.VELOCITY: x0_from_velocity,
     ModelMeanType.PREVIOUS_X: x0_from_previous,
+    ModelMeanType.EDM: x0_from_edm,
 }
 TARGETS = {
     ModelMeanType.EPSILON: lambda process, x0, x, t, noise: noise,
     ModelMeanType.START_X: lambda process, x0, x, t, noise: x0,
     ModelMeanType.VELOCITY: lambda process, x0, x, t, noise: velocity(process, x0, t, noise),
     ModelMeanType.PREVIOUS_X: lambda process, x0, x, t, noise: posterior_mean(process, x, t, x0),
+    ModelMeanType.EDM: lambda process, x0, x, t, noise: edm_target(process, x, t, x0),
 }
+# process -> float64 [T]: the squared error of the output for a squared error 1 of x_0.
+ERRORS = {
+    ModelMeanType.EPSILON: snr,
+    ModelMeanType.START_X: lambda process: process.alphas_cumprod**0,
+    ModelMeanType.VELOCITY: lambda process: 1 / (1 - process.alphas_cumprod),  # SNR + 1
+    ModelMeanType.PREVIOUS_X: lambda process: process.posterior_mean_coef1**2,
+    ModelMeanType.EDM: lambda process: snr(process) + process.sigma_data**-2,  # 1 / c_out^2
+}
+
+
+def convert(process, x, t, output, source, target):
+    """
+    What a network of kind `target` would have to say for the x_0 that `output`, of kind `source`, says.
+
+    :param x: [N, ...] x_t.
+    :param t: [N] rows.
+    :param output: like x.
+    :param source, target: ModelMeanType.
+    :raises ValueError: where a kind does not suit the process.
+    """
+    for kind in (source, target):
+        check_fit(process, kind)
+    x0 = TO_X0[source](process, x, t, output)
+    return TARGETS[target](process, x0, x, t, eps_from_x0(process, x, t, x0))
+
+
+def check_fit(process, mean_type):
+    """
+    :raises ValueError: if the last row is pure noise and the kind has no finite meaning there: x_0 from eps divides
+        by sqrt(abar) = 0, and EDM's c_noise is the logarithm of an infinite sigma.
+    """
+    if process.ends_in_noise and mean_type in (ModelMeanType.EPSILON, ModelMeanType.EDM):
+        raise ValueError(
+            f"{mean_type.name} prediction cannot start from pure noise (abar = 0 at row {process.num_timesteps - 1}):"
+            " it does not determine the clean data there; predict v or x0 (--predict v), or drop zero_snr"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- variances
@@ -151,15 +228,26 @@ def read(process, mean_type, var_type, guess, v, x, t):
     return Prediction(x0, eps, variance, log_variance, mean=mean)
 
 
+def ask(process, net, mean_type, var_type, x, t, cond):
+    """A network's answer at (x, t), in the parts of `split_output`; for EDM it is shown c_in x and told c_noise."""
+    if mean_type is ModelMeanType.EDM:
+        output = net(edm_scales(process, x, t)[2] * x, edm_noise(process, x, t), **cond)
+    else:
+        output = net(x, process.clock(t), **cond)
+    return split_output(output, x, var_type)
+
+
 def predictor(process, net, mean_type, var_type):
     """
     A network as a predictor.
 
-    :param net: `(x, clock, **cond) -> [N, C or 2C, ...]`; it is told `process.clock(t)`.
+    :param net: `(x, clock, **cond) -> [N, C or 2C, ...]`; it is told `process.clock(t)`, or see `ask`.
+    :raises ValueError: if the kind does not suit the process.
     """
+    check_fit(process, mean_type)
 
     def predict(x, t, **cond):
-        guess, v = split_output(net(x, process.clock(t), **cond), x, var_type)
+        guess, v = ask(process, net, mean_type, var_type, x, t, cond)
         return read(process, mean_type, var_type, guess, v, x, t)
 
     return predict

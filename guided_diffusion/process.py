@@ -1,49 +1,15 @@
-"""The noising process: schedules, float64 tables, q(x_t | x_0) and the posterior q(x_{t-1} | x_t, x_0).
+"""The noising process: float64 tables, q(x_t | x_0) and the posterior q(x_{t-1} | x_t, x_0).
 
 Notation follows DDPM (Ho et al. 2020, arXiv 2006.11239): alpha_t = 1 - beta_t and abar_t = alpha_0 ... alpha_t.
 Row t is 0-based: t = 0 means one noising step, so "the step before row 0" is clean data with abar = 1.
 """
 
-import math
-
 import numpy as np
 import torch as th
 
-SCHEDULES = ("linear", "cosine")
+from .schedules import betas_for_alpha_bar, betas_from_abar, get_named_beta_schedule, log_snr_from_sigma
 
-
-def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """
-    The betas of a named schedule: float64 [T].
-
-    `linear` is DDPM's, scaled so that any T covers the same noise levels; `cosine` is Improved DDPM's
-    (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17).
-
-    :raises NotImplementedError: for an unknown name.
-    :raises ValueError: for a linear schedule so short that beta would reach 1.
-    """
-    steps = num_diffusion_timesteps
-    if schedule_name == "linear":
-        if steps <= 20:
-            raise ValueError(
-                f"a linear schedule of {steps} steps would need a beta of {20 / max(steps, 1):.3g}, and beta must "
-                "stay below 1: use 21 steps or more, the cosine schedule, or respace a longer process"
-            )
-        return np.linspace(0.1 / steps, 20 / steps, steps, dtype=np.float64)
-    if schedule_name == "cosine":
-        return betas_for_alpha_bar(steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise NotImplementedError(f"unknown beta schedule: {schedule_name} (choose from {', '.join(SCHEDULES)})")
-
-
-def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
-    """
-    The betas whose cumulative product follows `alpha_bar(u)`, u in [0, 1]: float64 [T].
-
-    :param max_beta: the largest beta, below 1 so that the last step stays invertible.
-    """
-    u = np.arange(num_diffusion_timesteps + 1) / num_diffusion_timesteps
-    level = np.array([alpha_bar(v) for v in u])
-    return np.minimum(1 - level[1:] / level[:-1], max_beta)
+__all__ = ["Process", "betas_for_alpha_bar", "get_named_beta_schedule"]
 
 
 class Process:
@@ -54,6 +20,8 @@ class Process:
     :param timesteps: [T] what a network is told for each row (its own clock); default 0..T-1.
     :raises ValueError: if betas are not one-dimensional or leave (0, 1].
     """
+
+    sigma_data = 0.5  # the standard deviation of the data, where a prediction or a weight assumes one (EDM)
 
     def __init__(self, betas, timesteps=None):
         betas = np.array(betas, dtype=np.float64)
@@ -75,7 +43,7 @@ class Process:
             self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - abar)
             self.log_one_minus_alphas_cumprod = np.log(1 - abar)
             self.sqrt_recip_alphas_cumprod = np.sqrt(1 / abar)
-            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / abar - 1)  # sigma, the noise level of x_t / sqrt(abar)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt((1 - abar) / abar)  # sigma, the noise level of x_t / sqrt(abar)
 
         # q(x_{t-1} | x_t, x_0): DDPM eqs. 6 and 7.
         self.posterior_variance = betas * (1 - abar_prev) / (1 - abar)
@@ -97,20 +65,65 @@ class Process:
         :param rows: the kept rows, any order, without repeats.
         :raises ValueError: if rows is empty, repeats, or leaves 0..T-1.
         """
-        return Process(self._spaced_betas(rows), self.timesteps[sorted(rows)])
+        kept = Process(self._spaced_betas(rows), self.timesteps[sorted(rows)])
+        kept.sigma_data = self.sigma_data
+        return kept
+
+    @property
+    def ends_in_noise(self):
+        """Whether the last row is pure noise, abar = 0: there sigma is infinite and eps says nothing about x_0."""
+        return self.alphas_cumprod[-1] == 0
 
     def log_snr_rows(self, count):
-        """About `count` rows, first and last included, spaced evenly in log-SNR = -2 log sigma: ascending."""
+        """
+        About `count` rows, first and last included, spaced evenly in log-SNR = -2 log sigma: ascending. A last row of
+        pure noise comes on top of those, being infinitely far.
+        """
         log_sigma = np.log(self.sqrt_recipm1_alphas_cumprod)
-        wanted = np.linspace(log_sigma[0], log_sigma[-1], count)
-        return sorted({int(np.abs(log_sigma - value).argmin()) for value in wanted})
+        finite = log_sigma[: self.num_timesteps - self.ends_in_noise]
+        wanted = np.linspace(finite[0], finite[-1], count)
+        return sorted({int(np.abs(finite - value).argmin()) for value in wanted} | {self.num_timesteps - 1})
+
+    def log_snr(self, t):
+        """
+        The log-SNR at fractional rows t, an array or a number in 0..T-1: float64, linear between the rows.
+
+        :raises ValueError: if t leaves the rows, or lies strictly between the last two where the last is pure noise.
+        """
+        t = np.asarray(t, dtype=np.float64)
+        last = self.num_timesteps - 1
+        if not ((t >= 0) & (t <= last)).all():
+            raise ValueError(f"rows must lie in 0..{last}, but they span {t.min():g} .. {t.max():g}")
+        table = log_snr_from_sigma(self.sqrt_recipm1_alphas_cumprod)
+        if not self.ends_in_noise:
+            return np.interp(t, np.arange(last + 1), table)
+        if ((t > last - 1) & (t < last)).any():
+            raise ValueError(f"no level lies between row {last - 1} and row {last}, which is pure noise (log-SNR -inf)")
+        return np.where(t == last, -np.inf, np.interp(t, np.arange(last), table[:-1]))
+
+    def row(self, log_snr):
+        """
+        The fractional rows of a log-SNR, the inverse of `log_snr`: float64, like its argument.
+
+        :raises ValueError: outside the levels of this process.
+        """
+        wanted = np.asarray(log_snr, dtype=np.float64)
+        table = log_snr_from_sigma(self.sqrt_recipm1_alphas_cumprod)
+        levels = table[: self.num_timesteps - self.ends_in_noise]
+        room = 1e-9 * (1 + np.abs(levels).max())  # for rounding on the way here
+        noise = self.ends_in_noise & (wanted == -np.inf)
+        if not (noise | ((wanted <= levels[0] + room) & (wanted >= levels[-1] - room))).all():
+            raise ValueError(
+                f"log-SNR must lie in {levels[-1]:.6g} .. {levels[0]:.6g}, but it spans "
+                f"{wanted.min():.6g} .. {wanted.max():.6g}"
+            )
+        return np.where(noise, self.num_timesteps - 1, np.interp(-wanted, -levels, np.arange(len(levels))))
 
     def _spaced_betas(self, rows):
         kept = sorted(rows)
         if not kept or len(set(kept)) != len(kept) or kept[0] < 0 or kept[-1] >= self.num_timesteps:
             raise ValueError(f"rows to keep must be different numbers in 0..{self.num_timesteps - 1}, not {rows}")
-        abar = self.alphas_cumprod[kept]
-        return 1 - abar / np.append(1.0, abar[:-1])
+        return betas_from_abar(self.alphas_cumprod[kept])
 
     def at(self, table, t, like):
         """

@@ -9,6 +9,7 @@ from . import checkpoint, config
 from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
+from .schedules import unknown
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 __all__ = [
@@ -46,6 +47,18 @@ SUPER_RES_ORDER = (
     .replace(" channel_mult", "")
     .replace(" use_new_attention_order", "")
 )
+PROCESS_ORDER = (
+    "learn_sigma diffusion_steps noise_schedule timestep_respacing use_kl predict_xstart rescale_timesteps"
+    " rescale_learned_sigmas"
+)
+
+PREDICT = {
+    "eps": ModelMeanType.EPSILON,
+    "x0": ModelMeanType.START_X,
+    "v": ModelMeanType.VELOCITY,
+    "previous_x": ModelMeanType.PREVIOUS_X,
+    "edm": ModelMeanType.EDM,
+}
 
 # ------------------------------------------------------------------------------------------------ defaults and flags
 
@@ -158,12 +171,14 @@ def create_classifier(image_size, classifier_use_fp16, classifier_width, classif
 
 def create_gaussian_diffusion(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear",
                               use_kl=False, predict_xstart=False, rescale_timesteps=False,
-                              rescale_learned_sigmas=False, timestep_respacing=""):
+                              rescale_learned_sigmas=False, timestep_respacing="", predict="", loss_weight="unit",
+                              sigma_data=DiffusionOptions.sigma_data):
     """
     The SpacedDiffusion that the options of the same names describe (see config.DiffusionOptions).
 
     :param sigma_small: without learn_sigma, the posterior's variance instead of beta.
-    :raises ValueError: for too few steps or a respacing that cannot be.
+    :raises ValueError: for too few steps, a respacing that cannot be, an unknown prediction or weight, or a prediction
+        that contradicts predict_xstart or does not suit the schedule.
     :raises NotImplementedError: for an unknown schedule.
     """
     if steps < 1:
@@ -179,11 +194,21 @@ def create_gaussian_diffusion(*, steps=1000, learn_sigma=False, sigma_small=Fals
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_mean_type=_mean_type(predict, predict_xstart),
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        loss_weight=loss_weight,
+        sigma_data=sigma_data,
     )
+
+
+def _mean_type(predict, predict_xstart):
+    if predict and predict not in PREDICT:
+        raise ValueError(unknown("prediction", predict, PREDICT))
+    if predict_xstart and predict not in ("", "x0"):
+        raise ValueError(f"--predict_xstart True means --predict x0, but --predict is {predict}: drop one of them")
+    return PREDICT[predict or ("x0" if predict_xstart else "eps")]
 
 
 # ------------------------------------------------------------------------------------------- a network and a process
@@ -246,7 +271,7 @@ def _required(function):
     return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
 
-@_builder(" ".join([*_required(create_classifier), *diffusion_defaults()]), ClassifierOptions, DiffusionOptions)
+@_builder(" ".join([*_required(create_classifier), PROCESS_ORDER]), ClassifierOptions, DiffusionOptions)
 def create_classifier_and_diffusion(flags):
     """(EncoderUNetModel, SpacedDiffusion) from all options of ClassifierOptions and DiffusionOptions."""
     return _call(create_classifier, flags), _process(flags)

@@ -56,6 +56,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 }
 
 # What its users missed.
+PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5}
 RUN = {"seed": 0, "device": "", "log_dir": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
@@ -74,31 +75,31 @@ PROGRAMS = {
         (TrainOptions, ModelOptions, DiffusionOptions, RunOptions),
         TRAIN | MODEL | DIFFUSION,
         35,
-        RUN | DATA | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True},
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True},
     ),
     "image_sample": (
         (SampleOptions, ModelOptions, DiffusionOptions, RunOptions),
         SAMPLE | MODEL | DIFFUSION,
         28,
-        RUN | DATA | MORE_MODEL | MORE_SAMPLING,
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING,
     ),
     "classifier_train": (
         (ClassifierTrainOptions, ClassifierOptions, DiffusionOptions, RunOptions),
         CLASSIFIER_TRAIN | CLASSIFIER | DIFFUSION,
         30,
-        RUN | DATA | MORE_TRAINING | MORE_CLASSIFIER | {"random_crop": True},
+        RUN | DATA | PROCESS | MORE_TRAINING | MORE_CLASSIFIER | {"random_crop": True},
     ),
     "classifier_sample": (
         (ClassifierSampleOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions),
         SAMPLE | {"classifier_path": "", "classifier_scale": 1.0} | MODEL | DIFFUSION | CLASSIFIER,
         37,
-        RUN | DATA | MORE_MODEL | MORE_SAMPLING | MORE_CLASSIFIER,
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING | MORE_CLASSIFIER,
     ),
     "super_res_train": (
         (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
         TRAIN | SUPER_RES | DIFFUSION,
         34,
-        RUN | DATA | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True}
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True}
         | {"channel_mult": "", "use_new_attention_order": False},
     ),
 }
@@ -237,7 +238,7 @@ def test_groups_that_share_a_name_must_agree():
 
 def test_flags_of_selects_the_options_of_the_groups():
     args = sample_args("--learn_sigma", "--image_size", "8")
-    assert config.flags_of(args, DiffusionOptions) == DIFFUSION | {"learn_sigma": True}
+    assert config.flags_of(args, DiffusionOptions) == DIFFUSION | PROCESS | {"learn_sigma": True}
     assert config.flags_of(args, ModelOptions) == MODEL | MORE_MODEL | DATA | {"image_size": 8}
 
 

@@ -11,7 +11,15 @@ import torch as th
 from guided_diffusion import sampling, toy
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.guidance import classifier_guided, interval, mix
-from guided_diffusion.prediction import Prediction, clipped, eps_from_x0, posterior_mean, velocity
+from guided_diffusion.prediction import (
+    Prediction,
+    clipped,
+    edm_scales,
+    edm_target,
+    eps_from_x0,
+    posterior_mean,
+    velocity,
+)
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
@@ -178,6 +186,9 @@ def reread(process, mean_type, var_type):
     data = toy.ring()
 
     def network(x, t, y=None):
+        if mean_type is ModelMeanType.EDM:  # told log(sigma) / 4 and shown c_in x
+            t = th.from_numpy(process.row(-8 * t.numpy())).round().long()
+            x = x / edm_scales(process, x, t)[2]
         x0 = data.denoise(process, x, t)[0]
         eps = eps_from_x0(process, x, t, x0)
         out = {
@@ -185,6 +196,7 @@ def reread(process, mean_type, var_type):
             ModelMeanType.EPSILON: eps,
             ModelMeanType.VELOCITY: velocity(process, x0, t, eps),
             ModelMeanType.PREVIOUS_X: posterior_mean(process, x, t, x0),
+            ModelMeanType.EDM: edm_target(process, x, t, x0),
         }[mean_type]
         return th.cat([out, out * 0], 1) if "LEARNED" in var_type.name else out
 
@@ -193,7 +205,7 @@ def reread(process, mean_type, var_type):
 
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
 @pytest.mark.parametrize("var_type", [ModelVarType.FIXED_LARGE, ModelVarType.LEARNED_RANGE])
-def test_eps_x0_v_and_previous_x_give_the_same_samples(sampler, var_type):
+def test_eps_x0_v_previous_x_and_edm_give_the_same_samples(sampler, var_type):
     start = th.randn(20, 2, dtype=F64, generator=th.Generator().manual_seed(0))
     results = []
     for mean_type in ModelMeanType:
@@ -210,7 +222,7 @@ def test_eps_x0_v_and_previous_x_give_the_same_samples(sampler, var_type):
         th.testing.assert_close(other, results[0], rtol=0, atol=1e-9)
 
 
-def test_losses_of_eps_x0_and_v_differ_by_their_weights():
+def test_losses_of_all_predictions_differ_by_their_weights():
     """For the same denoiser: |eps error|^2 = SNR |x0 error|^2 and |v error|^2 = (SNR + 1) |x0 error|^2."""
     g = th.Generator().manual_seed(0)
     x0, noise, t = (th.randn(8, 2, dtype=F64, generator=g), th.randn(8, 2, dtype=F64, generator=g), th.arange(8) * 7)
@@ -230,6 +242,7 @@ def test_losses_of_eps_x0_and_v_differ_by_their_weights():
     th.testing.assert_close(mse[ModelMeanType.VELOCITY], (snr + 1) * unit, rtol=1e-9, atol=0)
     coef1 = th.from_numpy(diffusion.posterior_mean_coef1)[t]
     th.testing.assert_close(mse[ModelMeanType.PREVIOUS_X], coef1**2 * unit, rtol=1e-9, atol=0)
+    th.testing.assert_close(mse[ModelMeanType.EDM], (snr + 4) * unit, rtol=1e-9, atol=0)  # sigma_data 1/2
 
 
 def test_ancestral_step_with_the_large_variance_is_the_textbook_formula():

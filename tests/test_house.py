@@ -15,10 +15,11 @@ PACKAGE = ROOT / "guided_diffusion"
 # Each line may import what stands to the left of it or on earlier lines of its part; machinery may import anything
 # above it. Mathematics and networks never meet below the machinery.
 MATHEMATICS = [
+    "schedules",
     "process",
     "prediction",
     "sampling guidance losses resample",
-    "gaussian_diffusion inverse",
+    "gaussian_diffusion inverse likelihood",
     "respace toy",
 ]
 NETWORKS = ["nn", "unet"]

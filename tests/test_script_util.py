@@ -31,6 +31,7 @@ PROCESS = (
     "learn_sigma, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart, rescale_timesteps,"
     " rescale_learned_sigmas"
 )
+MORE_PROCESS = " predict='', loss_weight='unit', sigma_data=0.5"
 SIGNATURES = {
     "diffusion_defaults": "()",
     "classifier_defaults": "()",
@@ -47,15 +48,17 @@ SIGNATURES = {
     " classifier_dropout=0.0, image_channels=3, num_classes=1000)",
     "create_gaussian_diffusion": "(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule='linear',"
     " use_kl=False, predict_xstart=False, rescale_timesteps=False, rescale_learned_sigmas=False,"
-    " timestep_respacing='')",
-    "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000, class_dropout=0.0)",
+    " timestep_respacing='', predict='', loss_weight='unit', sigma_data=0.5)",
+    "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000, class_dropout=0.0,"
+    f"{MORE_PROCESS})",
     "create_classifier_and_diffusion": f"({CLASSIFIER}, {PROCESS}, image_channels=3, num_classes=1000,"
-    " classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0)",
+    f" classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0,{MORE_PROCESS})",
     "sr_create_model_and_diffusion": "("
     + MODEL_AND_DIFFUSION.replace("image_size", "large_size, small_size")
     .replace(" channel_mult,", "")
     .replace(", use_new_attention_order", "")
-    + ", image_channels=3, num_classes=1000, channel_mult='', class_dropout=0.0, use_new_attention_order=False)",
+    + ", image_channels=3, num_classes=1000, channel_mult='', class_dropout=0.0, use_new_attention_order=False,"
+    + f"{MORE_PROCESS})",
 }
 
 
@@ -119,7 +122,7 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "", "unit", 0.5, 5)
 
 
 # --------------------------------------------------------------------------------------------------- networks, process
@@ -233,6 +236,12 @@ def test_super_resolution_network_runs():
         ({"learn_sigma": True, "sigma_small": True}, "EPSILON", "LEARNED_RANGE", "MSE"),
         ({"sigma_small": True}, "EPSILON", "FIXED_SMALL", "MSE"),
         ({"predict_xstart": True}, "START_X", "FIXED_LARGE", "MSE"),
+        ({"predict": "eps"}, "EPSILON", "FIXED_LARGE", "MSE"),
+        ({"predict": "x0"}, "START_X", "FIXED_LARGE", "MSE"),
+        ({"predict": "x0", "predict_xstart": True}, "START_X", "FIXED_LARGE", "MSE"),
+        ({"predict": "v", "learn_sigma": True}, "VELOCITY", "LEARNED_RANGE", "MSE"),
+        ({"predict": "previous_x", "sigma_small": True}, "PREVIOUS_X", "FIXED_SMALL", "MSE"),
+        ({"predict": "edm", "noise_schedule": "karras"}, "EDM", "FIXED_LARGE", "MSE"),
         ({"rescale_learned_sigmas": True}, "EPSILON", "FIXED_LARGE", "RESCALED_MSE"),
         ({"use_kl": True}, "EPSILON", "FIXED_LARGE", "RESCALED_KL"),
         ({"use_kl": True, "rescale_learned_sigmas": True}, "EPSILON", "FIXED_LARGE", "RESCALED_KL"),
@@ -278,6 +287,13 @@ def test_processes_of_one_step(flags):
         ({"num_heads": 3}, ValueError, "channels 32 is not divisible by num_heads 3"),
         ({"num_head_channels": 24}, ValueError, "channels 32 is not divisible by num_head_channels 24"),
         ({"noise_schedule": "quadratic"}, NotImplementedError, "unknown beta schedule: quadratic .*linear, cosine"),
+        ({"noise_schedule": "cosin"}, NotImplementedError, "schedule: cosin .*did you mean cosine"),
+        ({"noise_schedule": "linear+zero_snr"}, ValueError, "pure noise.*row 999.*--predict v"),
+        ({"predict": "eps0"}, ValueError, "unknown prediction: eps0 .*did you mean eps"),
+        ({"predict": "v", "predict_xstart": True}, ValueError, "--predict_xstart True .* --predict is v"),
+        ({"loss_weight": "min_snrr"}, ValueError, "unknown loss weight: min_snrr .*did you mean min_snr"),
+        ({"loss_weight": "snr", "use_kl": True}, ValueError, "loss_weight snr .*use_kl False"),
+        ({"sigma_data": 0.0}, ValueError, "sigma_data.* must be positive, not 0.0"),
         ({"diffusion_steps": 20}, ValueError, "linear schedule of 20 steps.*21 steps or more"),
         ({"diffusion_steps": 0}, ValueError, "at least one step, not --diffusion_steps 0"),
         ({"timestep_respacing": "many"}, ValueError, "cannot read the respacing 'many'"),
