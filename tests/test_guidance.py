@@ -15,10 +15,11 @@ from test_programs import done, refused, rows, samples
 from guided_diffusion import checkpoint, config, generate, guidance, inverse, logger, sampling, toy
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.guidance import classifier_free, classifier_guided, mix, nulled
+from guided_diffusion.pictures import to_uint8
 from guided_diffusion.prediction import TARGETS, clipped, eps_from_x0, predictor, read
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.script_util import create_model, open_diffusion
+from guided_diffusion.script_util import create_model, open_classifier, open_diffusion
 from guided_diffusion.train_util import DiffusionTask, Trainer
 
 F64 = th.float64
@@ -568,6 +569,31 @@ def test_a_worse_model_guides(home, tmp_path):
                                     guide=lambda predict: mix(predict, worse, 1.5), labels=[0, 1, 2, 0, 1, 2],
                                     num_classes=3)  # fmt: skip
     assert (generate.collect(stream)[0] == auto).all() and np.abs(auto - conditional).mean() > 1
+
+
+def test_a_classifier_guides_what_was_mixed_and_clipped(home, tmp_path):
+    """classifier_sample.py with both guidances, against the wrappers written out."""
+    done("classifier_train", f"--data_dir {home}/data.npz --image_size 8 --image_channels 1 --num_classes 3"
+         " --classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1 --classifier_attention_resolutions 4"
+         " --classifier_num_head_channels 16 --noise_schedule cosine --batch_size 12 --iterations 2 --num_workers 0"
+         f" --log_dir {tmp_path}/classifier")  # fmt: skip
+    path = tmp_path / "classifier" / "model000002.pt"
+    words = f"--model_path {home}/free/{model('free')} --classifier_path {path} {SAMPLE} --guidance_scale 3"
+    drawn = {}
+    for scale in (0, 20):
+        done("classifier_sample", f"{words} --classifier_scale {scale} --log_dir {tmp_path}/{scale}")
+        drawn[scale] = samples(tmp_path / str(scale))[1].astype(int)
+    assert (drawn[0] == draw(home, tmp_path / "three", "--guidance_scale 3")).all()
+
+    network, diffusion, _ = open_diffusion(home / "free" / model("free"), {"timestep_respacing": "6"})
+    gradient = guidance.classifier_gradient(open_classifier(path)[0], 20.0)
+    predict = predictor(diffusion, network, diffusion.model_mean_type, diffusion.model_var_type)
+    predict = clipped(classifier_free(predict, {"y": 3}, 3.0, batched=True), diffusion)
+    predict = classifier_guided(predict, lambda x, t, y: gradient(x, diffusion.clock(t), y))
+    noise = sampling.SeededNoise(0, range(6))
+    y = noise.integers(3) * 0 + th.arange(6) % 3
+    x = run(diffusion, predict, noise.normal(1, 8, 8), sampling.ddpm, noise=noise, y=y)
+    assert (to_uint8(x).numpy() == drawn[20]).all() and np.abs(drawn[20] - drawn[0]).mean() > 0.5
 
 
 def test_guidance_does_not_depend_on_the_batch(home, tmp_path):
