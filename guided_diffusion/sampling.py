@@ -1,146 +1,161 @@
-"""Samplers: short step rules, one driver, and noise that belongs to the sample rather than to the batch.
+"""Samplers: the table of step rules, the one driver, and noise that belongs to the sample rather than to the batch.
 
-To add a sampler, write a rule `(step, **options) -> (x at row t-1, Prediction)` and name it in SAMPLERS.
+To add a sampler, write a rule `(step, **options) -> (x at the row it lands on, Prediction)` and name it in SAMPLERS.
 """
 
+import inspect
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch as th
 
-from .prediction import Prediction, mean_of, x0_from_eps
+from . import solvers
+from .prediction import Prediction
+from .solvers import Step, ddim, ddim_reverse, ddpm, dpmpp_2m, guided_score, heun
+from .spacing import SPACINGS, pick, spaced_rows
+
+__all__ = [
+    "SAMPLERS", "SPACINGS", "BrownianNoise", "Sampler", "SeededNoise", "Step", "ddim", "ddim_reverse", "ddpm",
+    "dpmpp_2m", "guided_score", "heun", "invert", "plan", "sample",
+]  # fmt: skip
 
 
-@dataclass
-class Step:
+@dataclass(frozen=True)
+class Sampler:
     """
-    What a step rule may look at. Row t-1 is the next one; from row 0 the next is clean data.
+    A row of SAMPLERS; calling it is calling its rule.
 
-    :param predict: `(x, t) -> Prediction`.
-    :param noise: `() -> N(0, I)` like x.
-    :param history: earlier predictions, the latest last (at most two are kept).
+    :param spacing: the rows it prefers, a name in SPACINGS.
+    :param evaluations: of the network, for each row kept (None: it depends on the data).
+    :param stochastic: whether it adds noise on the way; the others can be walked backwards by `invert`.
     """
 
-    process: object
-    predict: Callable
-    x: th.Tensor  # [N, ...]
-    t: th.Tensor  # [N]
-    noise: Callable
-    row: int | None = None  # t as a number, where it is equal in the batch (always, in the driver)
-    history: list = field(default_factory=list)
+    rule: Callable
+    spacing: str = "log_snr"
+    evaluations: int | None = 1
+    stochastic: bool = False
 
-    def table(self, name):
-        return self.process.at(name, self.t, self.x)
+    def __call__(self, step, **options):
+        return self.rule(step, **options)
 
 
-def guided_score(process, x, t, pred):
+SAMPLERS = {
+    "ddpm": Sampler(ddpm, "uniform", stochastic=True),
+    "ddim": Sampler(ddim, "uniform"),
+    "heun": Sampler(heun, "log_snr", evaluations=2),
+    "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), stochastic=True),
+    "dpmpp_2s": Sampler(solvers.dpmpp_2s),
+    "dpmpp_3m": Sampler(solvers.dpmpp_3m),
+    "dpm_1": Sampler(solvers.dpm_1),
+    "dpm_2": Sampler(solvers.dpm_2),
+    "dpm_3": Sampler(solvers.dpm_3),
+    "unipc": Sampler(solvers.unipc),
+    "deis": Sampler(solvers.deis),
+    "plms": Sampler(solvers.plms, "uniform"),
+    "euler": Sampler(solvers.euler, "karras"),
+    "euler_ancestral": Sampler(partial(solvers.euler, eta=1.0), "karras", stochastic=True),
+    "edm": Sampler(solvers.edm, "karras", stochastic=True),
+    "gam_mu": Sampler(solvers.gam_mu),
+    "adaptive": Sampler(solvers.adaptive, evaluations=None),
+}
+
+
+def plan(process, name, steps=None, spacing=None, **options):
     """
-    Apply a gradient the score's way (ADM algorithm 2): eps -= sqrt(1 - abar) grad, and x_0 follows from eps.
+    What a named sampler needs: (step rule, rows of the process to keep with `process.spaced(rows)`, ascending).
 
-    x_0 is not clipped again, as in the original.
+    :param steps: how many rows; None keeps all.
+    :param spacing: a name in SPACINGS; None takes the sampler's own.
+    :param options: of the rule, e.g. eta=0.5.
+    :raises ValueError: for unknown names or options, and for a number of steps that the process does not have.
     """
-    if pred.grad is None:
-        return pred
-    eps = pred.eps - process.at("sqrt_one_minus_alphas_cumprod", t, x) * pred.grad
-    return replace(pred, eps=eps, x0=x0_from_eps(process, x, t, eps), mean=None, grad=None)
-
-
-def not_last(t, x):
-    """1 where a row is still to come, 0 at row 0, broadcast over x; the last step of a sampler adds no noise."""
-    return (t != 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-
-# ----------------------------------------------------------------------------------------------------- step rules
-
-def ddpm(step):
-    """Ancestral sampling (DDPM algorithm 2), guided through the mean (ADM algorithm 1), at row 0 too."""
-    x, t = step.x, step.t
-    pred = step.predict(x, t)
-    mean = mean_of(step.process, x, t, pred)
-    noise = step.noise()
-    if pred.grad is not None:
-        mean = mean + pred.variance * pred.grad
-    return mean + not_last(t, x) * th.exp(0.5 * pred.log_variance) * noise, pred
-
-
-def ddim(step, eta=0.0):
-    """DDIM (Song et al. 2020, arXiv 2010.02502, eq. 12); eta = 1 is ancestral sampling with the small variance."""
-    pred = guided_score(step.process, step.x, step.t, step.predict(step.x, step.t))
-    abar, abar_prev = step.table("alphas_cumprod"), step.table("alphas_cumprod_prev")
-    sigma = eta * th.sqrt((1 - abar_prev) / (1 - abar)) * th.sqrt(1 - abar / abar_prev)
-    mean = pred.x0 * th.sqrt(abar_prev) + th.sqrt(1 - abar_prev - sigma**2) * pred.eps
-    # Noise is drawn even if eta is 0, so that the random stream is the original's.
-    return mean + not_last(step.t, step.x) * sigma * step.noise(), pred
-
-
-def ddim_reverse(step):
-    """One step of DDIM towards noise: row t to row t+1 (the ODE run backwards)."""
-    pred = guided_score(step.process, step.x, step.t, step.predict(step.x, step.t))
-    abar_next = step.table("alphas_cumprod_next")
-    return pred.x0 * th.sqrt(abar_next) + th.sqrt(1 - abar_next) * pred.eps, pred
-
-
-def heun(step):
-    """
-    Second-order steps of the ODE d(x / sqrt(abar)) / d sigma = eps (Karras et al. 2022, arXiv 2206.00364, alg. 1
-    without churn). It evaluates the network at kept rows only; the step from row 0 to clean data is Euler's.
-    """
-    process, x, t = step.process, step.x, step.t
-    pred = guided_score(process, x, t, step.predict(x, t))
-    euler = pred.x0 * th.sqrt(step.table("alphas_cumprod_prev"))
-    euler = euler + th.sqrt(1 - step.table("alphas_cumprod_prev")) * pred.eps
-    if step.row == 0:
-        return euler, pred
-    ahead = guided_score(process, euler, t - 1, step.predict(euler, t - 1))
-    sigma, sigma_next = (process.at("sqrt_recipm1_alphas_cumprod", s, x) for s in (t, t - 1))
-    slope = (pred.eps + ahead.eps) / 2
-    scaled = x * step.table("sqrt_recip_alphas_cumprod") + (sigma_next - sigma) * slope
-    return scaled * process.at("sqrt_alphas_cumprod", t - 1, x), pred
-
-
-def dpmpp_2m(step):
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): x_0 extrapolated linearly in log-SNR."""
-    process, x, t = step.process, step.x, step.t
-    pred = guided_score(process, x, t, step.predict(x, t))
-    if step.row == 0:
-        return pred.x0, pred
-    log_sigma = [th.log(process.at("sqrt_recipm1_alphas_cumprod", s, x)) for s in (t - 1, t)]
-    x0 = pred.x0
-    if step.history:
-        h = log_sigma[1] - log_sigma[0]
-        h_last = th.log(process.at("sqrt_recipm1_alphas_cumprod", t + 1, x)) - log_sigma[1]
-        x0 = x0 + h / (2 * h_last) * (x0 - step.history[-1].x0)
-    ratio = th.exp(log_sigma[0] - log_sigma[1])  # sigma_{t-1} / sigma_t
-    scaled = ratio * x * step.table("sqrt_recip_alphas_cumprod") + (1 - ratio) * x0
-    return scaled * process.at("sqrt_alphas_cumprod", t - 1, x), pred
-
-
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}
+    sampler = pick(SAMPLERS, name, "sampler")
+    known = [each for each in inspect.signature(sampler.rule).parameters if each != "step"]
+    for option in options:
+        pick(dict.fromkeys(known or ["(none)"]), option, f"option of {name}")
+    rows = spaced_rows(process, spacing or sampler.spacing, process.num_timesteps if steps is None else steps)
+    return partial(sampler.rule, **options), rows
 
 
 # --------------------------------------------------------------------------------------------------------- driver
 
-def sample(process, predict, rule, x, *, noise=th.randn_like, cond=None, rows=None):
+def sample(process, predict, rule, x, *, noise=th.randn_like, cond=None, rows=None, upward=False):
     """
     Walk the rows and yield `(x, Prediction)` after each step. Consumers save, plot, measure and show progress.
 
     :param predict: a predictor `(x, t, **cond) -> Prediction`.
     :param rule: a step rule, e.g. `ddpm` or `functools.partial(ddim, eta=0.5)`.
     :param x: [N, ...] the start, usually N(0, I).
-    :param noise: `(x) -> N(0, I)` like x.
+    :param noise: `(x) -> N(0, I)` like x, or a `BrownianNoise`.
     :param cond: what the predictor needs to know besides (x, t), e.g. `{"y": labels}`; never changed.
-    :param rows: the rows to visit, default T-1 .. 0.
+    :param rows: the rows to visit, default T-1 .. 0; those that a rule takes in one step with others are passed over.
+    :param upward: the rows ascend, towards noise: see `invert`.
     """
     cond = dict(cond or {})
     history: list[Prediction] = []
+    used, passed = 1, 0
     for row in reversed(range(process.num_timesteps)) if rows is None else rows:
+        if passed:
+            passed -= 1
+            continue
         t = th.full((len(x),), row, dtype=th.int64, device=x.device)
+        draw = _source(noise, process, row, x)
         with th.no_grad():
-            now = Step(process, lambda x, t: predict(x, t, **cond), x, t, lambda like=x: noise(like), row, history)
+            now = Step(process, lambda x, t: predict(x, t, **cond), x, t, draw, row, history, upward, used)
             x, pred = rule(now)
-        history = [*history[-1:], pred]
+        used, passed = now.rows_used, now.rows_used - 1
+        history = [*history[-2:], pred]
         yield x, pred
+
+
+def _source(noise, process, row, x):
+    """The `Step.noise` of one step."""
+    if not isinstance(noise, BrownianNoise):
+        return lambda like=x: noise(like)
+    path = itertools.count()  # a second draw in the same step comes from another path
+    return lambda like=x: noise.piece(like, process, row, next(path))
+
+
+def invert(process, predict, x0, rule=ddim_reverse, *, cond=None, refine=3):
+    """
+    From data to the noise that a deterministic sampler turns into them (DDIM inversion, arXiv 2010.02502, section 4.3):
+    the same driver with ascending rows; yields `(x, Prediction)` for each row above 0.
+
+    The way back ends with the network's x_0 at row 0, so x at row 0 is first sought for which that is the data given:
+    `refine` times y <- y + data - x_0(y), an evaluation each. With 0 the data stand at row 0 as they are, as in the
+    original.
+
+    :param x0: [N, ...] data.
+    :param rule: `ddim`, or any rule that adds no noise; the way back takes the same one.
+    :raises ValueError: for a rule that adds noise, or a process of a single row.
+    """
+    if process.num_timesteps < 2:
+        raise ValueError("inversion needs a process of two rows or more: one row has nowhere to go up")
+    t = th.zeros(len(x0), dtype=th.int64, device=x0.device)
+    alpha = process.at("sqrt_alphas_cumprod", t, x0)
+    x = alpha * x0 if refine else x0
+    with th.no_grad():
+        for _ in range(refine):
+            pred = guided_score(process, x, t, predict(x, t, **(cond or {})))
+            x = x + alpha * (x0 - pred.x0)
+    rows = range(process.num_timesteps - 1)
+    yield from sample(process, predict, rule, x, noise=_no_noise, cond=cond, rows=rows, upward=True)
+
+
+def _no_noise(x):
+    raise ValueError("this sampler adds noise, which cannot be walked backwards: choose a deterministic one, e.g. ddim")
+
+
+# ---------------------------------------------------------------------------------------------------------- noise
+
+def _generator(generator, *numbers):
+    """The generator, seeded by a tuple of whole numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return generator.manual_seed(int(state >> np.uint64(1)))
 
 
 class SeededNoise:
@@ -153,10 +168,7 @@ class SeededNoise:
 
     def __init__(self, seed, indices, device="cpu"):
         self.device = th.device(device)
-        self.generators = []
-        for index in indices:
-            state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-            self.generators.append(th.Generator(self.device).manual_seed(int(state >> np.uint64(1))))
+        self.generators = [_generator(th.Generator(self.device), seed, index) for index in indices]
 
     def _stack(self, draw):
         return th.stack([draw(generator) for generator in self.generators])
@@ -171,3 +183,57 @@ class SeededNoise:
 
     def __call__(self, x):
         return self.normal(*x.shape[1:]).to(x.dtype)
+
+
+class BrownianNoise:
+    """
+    Noise that does not depend on the number of steps: increments of one Brownian motion a sample, whose clock is the
+    SNR abar / (1 - abar). With more steps of a sampler of the reverse SDE, a sample converges instead of changing.
+
+    That clock is exact: with x_0 known, x sqrt(abar) / (1 - abar) = SNR x_0 + B(SNR) for every reverse step of `ddpm`,
+    `ddim` with eta = 1 and `dpmpp_2m_sde`. The path is a function of (seed, sample index), and has its values at the
+    rows of `process`; a step between kept rows takes the sum of the pieces between. Its draws are none of
+    `SeededNoise`'s, so the start may come from there with the same seed.
+
+    :param process: the process of all rows; walks are over the same or over `process.spaced(rows)`.
+    :param indices: the global index of each sample of the batch.
+    """
+
+    def __init__(self, seed, indices, process, device="cpu"):
+        self.seed, self.indices = seed, list(indices)
+        self.generator = th.Generator(th.device(device))
+        self.snr = _snr(process)
+
+    def piece(self, like, process, row, path=0):
+        """
+        The path between row and row - 1 of a (spaced) process, scaled to N(0, I), like `like`; zero below row 0.
+
+        :raises ValueError: if the process has a row that the path's has not.
+        """
+        if row == 0:
+            return th.zeros_like(like)
+        first, last = (self._find(_snr(process)[each]) for each in (row, row - 1))
+        gaps = np.sqrt(-np.diff(self.snr[last : first + 1]))  # from the cleaner end
+        total = 0
+        for number, gap in zip(range(last, first), gaps / np.sqrt((gaps**2).sum())):
+            draws = [self._normal(index, number, path, like) for index in self.indices]
+            total = total + float(gap) * th.stack(draws)
+        return total
+
+    def _normal(self, index, number, path, like):
+        # The place of a row is never 0: trailing zeros do not change a seed, and SeededNoise's are (seed, index).
+        generator = _generator(self.generator, self.seed, index, number + 1, path)
+        return th.randn(like.shape[1:], generator=generator, device=generator.device, dtype=like.dtype)
+
+    def _find(self, snr):
+        row = int(np.abs(self.snr - snr).argmin())
+        if not np.isclose(self.snr[row], snr, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"the process walked has a row of SNR {snr:.6g} that the path's process does not have: "
+                "space the walked process from the one that BrownianNoise was given"
+            )
+        return row
+
+
+def _snr(process):
+    return process.alphas_cumprod / (1 - process.alphas_cumprod)

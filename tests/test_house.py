@@ -17,7 +17,8 @@ PACKAGE = ROOT / "guided_diffusion"
 MATHEMATICS = [
     "schedules",
     "process",
-    "prediction",
+    "prediction spacing",
+    "solvers",
     "sampling guidance losses resample",
     "gaussian_diffusion inverse likelihood",
     "respace toy",
