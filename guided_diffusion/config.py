@@ -217,7 +217,10 @@ class SampleOptions:
     batch_size: int = changed(_Training, "batch_size", 16)
     clip_denoised: bool = option(True, "clip each predicted clean image to the range of pixels")
     use_ddim: bool = option(False, "sample by DDIM instead of the ancestral DDPM")
-    eta: float = option(0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
+    eta: float = option(0.0, "noise of DDIM, and of other samplers that have it: 0 none, 1 as much as DDPM")
+    sampler: str = option("", "a sampler by name, as dpmpp_2m or heun; empty: DDPM, or DDIM with --use_ddim")
+    steps: int = option(0, "steps that --sampler keeps, of those that --timestep_respacing leaves; 0: all")
+    spacing: str = option("", "spacing of those steps: uniform, leading, trailing, quadratic, log_snr or karras")
     classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
     grid: bool = option(True, "also write a picture of the first samples")
     guidance_scale: float = option(

@@ -71,6 +71,19 @@ class GaussianDiffusion(Process):
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
 
+    def spaced(self, rows):
+        """The same process and prediction with only some of the rows; networks are told the same step numbers."""
+        return GaussianDiffusion(
+            betas=self._spaced_betas(rows),
+            model_mean_type=self.model_mean_type,
+            model_var_type=self.model_var_type,
+            loss_type=self.loss_type,
+            rescale_timesteps=self.rescale_timesteps,
+            timesteps=self.timesteps[sorted(rows)],
+            loss_weight=self.loss_weight,
+            sigma_data=self.sigma_data,
+        )
+
     def predictor(self, model, clip_denoised=True, denoised_fn=None, cond_fn=None, guide=None):
         """
         The network as a predictor `(x, t, **model_kwargs) -> Prediction`: read, then mixed by `guide` (a function from

@@ -24,6 +24,9 @@ def sample_stream(
     num_classes=0,
     use_ddim=False,
     eta=0.0,
+    sampler="",
+    steps=0,
+    spacing="",
     clip_denoised=True,
     cond_fn=None,
     guide=None,
@@ -39,6 +42,7 @@ def sample_stream(
     :param model: `(x, timesteps, y=None)`; without classes it is called without y.
     :param shape: of one sample, (C, H, W).
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
+    :param sampler, steps, spacing: as `sampling.plan` takes them, in place of use_ddim; empty or 0: the usual ones.
     :param cond_fn: guidance, `(x, timesteps, y) -> like x`, or None.
     :param guide: a function from predictor to predictor, applied before clipping, or None.
     :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
@@ -46,8 +50,13 @@ def sample_stream(
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be 1 or more, not {num_samples} and {batch_size}")
-    predict = diffusion.predictor(model, clip_denoised, cond_fn=cond_fn, guide=guide)
     rule = partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm
+    if sampler:
+        rule, rows = sampling.plan(diffusion, sampler, steps or None, spacing or None, **({"eta": eta} if eta else {}))
+        diffusion = diffusion.spaced(rows)
+    elif steps or spacing:
+        raise ValueError("steps and spacing belong to a sampler: name one by --sampler, or use --timestep_respacing")
+    predict = diffusion.predictor(model, clip_denoised, cond_fn=cond_fn, guide=guide)
     mine = range(rank, num_samples, num_ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     with _bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
@@ -62,6 +71,7 @@ def sample_stream(
                 bar.update()
                 if on_step:
                     on_step(indices, diffusion.num_timesteps - step, x, pred)
+            bar.update((number + 1) * diffusion.num_timesteps - bar.n)  # a step may take several rows
             if not x.isfinite().all():
                 raise ArithmeticError(f"the network gave values that are not finite for samples {list(indices)}")
             bar.set_postfix(images=f"{min((number + 1) * batch_size * num_ranks, num_samples)}/{num_samples}")

@@ -74,16 +74,6 @@ class Process:
         """Whether the last row is pure noise, abar = 0: there sigma is infinite and eps says nothing about x_0."""
         return self.alphas_cumprod[-1] == 0
 
-    def log_snr_rows(self, count):
-        """
-        About `count` rows, first and last included, spaced evenly in log-SNR = -2 log sigma: ascending. A last row of
-        pure noise comes on top of those, being infinitely far.
-        """
-        log_sigma = np.log(self.sqrt_recipm1_alphas_cumprod)
-        finite = log_sigma[: self.num_timesteps - self.ends_in_noise]
-        wanted = np.linspace(finite[0], finite[-1], count)
-        return sorted({int(np.abs(finite - value).argmin()) for value in wanted} | {self.num_timesteps - 1})
-
     def log_snr(self, t):
         """
         The log-SNR at fractional rows t, an array or a number in 0..T-1: float64, linear between the rows.

@@ -12,6 +12,7 @@ from guided_diffusion.guidance import classifier_guided
 from guided_diffusion.prediction import ModelVarType
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.sampling import SAMPLERS, sample
+from guided_diffusion.spacing import spaced_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
@@ -30,7 +31,7 @@ class ToyOptions:
 def draw_samples(data, name, scale, args):
     """(points [N,2], the classes asked for [N])."""
     full = Process(get_named_beta_schedule("cosine", 1000)).spaced(range(980))
-    process = full.spaced(full.log_snr_rows(args.steps))
+    process = full.spaced(spaced_rows(full, "log_snr", args.steps))
     exact = data.predictor(process, ModelVarType.FIXED_SMALL)
 
     def unconditional(x, t, y=None):

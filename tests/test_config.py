@@ -65,7 +65,8 @@ MORE_TRAINING = {
 }
 MORE_MODEL = {"class_dropout": 0.0}
 MORE_SAMPLING = {
-    "classes": "", "grid": True, "eta": 0.0, "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
+    "classes": "", "grid": True, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
+    "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
     "guide_path": "", "guidance_interval": "",
 }
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}

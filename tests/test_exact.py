@@ -22,6 +22,7 @@ from guided_diffusion.prediction import (
 )
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.spacing import spaced_rows
 
 F64 = th.float64
 
@@ -97,7 +98,7 @@ def test_ode_samplers_reach_the_data_at_their_order(name, order):
 
 def test_rows_even_in_log_snr():
     p = process()
-    rows = p.log_snr_rows(20)
+    rows = spaced_rows(p, "log_snr", 20)
     gaps = np.diff(np.log(p.sqrt_recipm1_alphas_cumprod[rows]))
     assert rows[0] == 0 and rows[-1] == 999 and len(rows) == 20
     assert gaps.max() / gaps.min() < 2.5 and np.ptp(np.diff(rows)) > 50

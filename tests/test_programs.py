@@ -311,7 +311,7 @@ def test_s08_46_two_processes_share_one_training(digits, home):
 
 @pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec")
 def test_two_processes_draw_the_bytes_of_one(cond, home):
-    words = f"--model_path cond/ema_0.5_000008.pt --num_samples 8 --batch_size 2 --timestep_respacing 4"
+    words = "--model_path cond/ema_0.5_000008.pt --num_samples 8 --batch_size 2 --timestep_respacing 4"
     stranger("scripts/image_sample.py", f"{words} --log_dir drawn_by_two", home, (MPIEXEC, "-n", "2"))
     done("image_sample", words.replace("cond/", f"{cond}/") + f" --log_dir {home}/drawn_by_one")
     one, two = samples(home / "drawn_by_one"), samples(home / "drawn_by_two")

@@ -13,6 +13,7 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, Mod
 from guided_diffusion.losses import LOSS_WEIGHTS, loss_weights
 from guided_diffusion.prediction import ERRORS, TARGETS, convert, edm_noise, edm_scales, predictor
 from guided_diffusion.process import Process, get_named_beta_schedule
+from guided_diffusion.spacing import spaced_rows
 
 F64 = th.float64
 KINDS = list(ModelMeanType)
@@ -169,7 +170,7 @@ def test_levels_that_are_not_there():
         with pytest.raises(ValueError, match=message):
             call()
     assert noise.log_snr(999) == -np.inf and noise.row(-np.inf) == 999 and noise.row(noise.log_snr(998)) == 998
-    assert noise.log_snr_rows(10)[-1] == 999 and len(noise.log_snr_rows(10)) == 11
+    assert spaced_rows(noise, "log_snr", 10)[-2:] == [998, 999]
 
 
 # ------------------------------------------------------------------------------------------------- pure noise at T
