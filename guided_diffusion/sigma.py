@@ -460,6 +460,13 @@ def gam_mu(step, gam=1.0, mu=0.0):
     return x * step.table("alphas_cumprod_prev").sqrt(), pred
 
 
+def _falling(sigmas):
+    levels = th.as_tensor(sigmas).detach().double().cpu()
+    if levels.ndim == 1 and len(levels) > 1 and (levels.diff()[:-1] < 0).all() and 0 <= levels[-1] <= levels[-2] != 0:
+        return levels
+    raise ValueError(f"noise levels must fall from the first to the last, at least two of them: {levels.tolist()}")
+
+
 def samples(model, sigmas, gam=1.0, mu=0.0, cfg_scale=0.0, batchsize=1, xt=None, cond=None, noise=th.randn_like):
     """
     Sample a sigma model along falling noise levels: yields x [N, ...] after each step; the last is the sample.
@@ -474,9 +481,7 @@ def samples(model, sigmas, gam=1.0, mu=0.0, cfg_scale=0.0, batchsize=1, xt=None,
     :param noise: `(x) -> N(0, I)` like x.
     :raises ValueError: for noise levels that do not fall, and for conditions of another number than the samples.
     """
-    levels = th.as_tensor(sigmas).detach().double().cpu()
-    if levels.ndim != 1 or len(levels) < 2 or not (levels.diff()[:-1] < 0).all() or not 0 <= levels[-1] <= levels[-2]:
-        raise ValueError(f"noise levels must fall from the first to the last, at least two of them: {levels.tolist()}")
+    levels = _falling(sigmas)
     rising = levels.flip(0).unique()  # 0 is no row: from row 0 the next is clean data
     process = process_of(rising[rising > 0])
     x = model.rand_input(batchsize) * float(levels[0]) if xt is None else xt
