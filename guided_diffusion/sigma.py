@@ -491,8 +491,8 @@ def samples(model, sigmas, gam=1.0, mu=0.0, cfg_scale=0.0, batchsize=1, xt=None,
         cond = cond.to(x.device)
     check_embeddings(model, levels)
     predict, rule = sigma_predictor(process, model, cfg_scale), partial(gam_mu, gam=gam, mu=mu)
-    start, rows = x * float(alpha(levels[0])) ** 0.5, range(process.num_timesteps - 1, int(levels[-1] > 0) - 1, -1)
-    walk = sampling.sample(process, predict, rule, start, noise=noise, cond={"cond": cond}, rows=rows)
+    start = x * float(alpha(levels[0])) ** 0.5
+    walk = sampling.sample(process, predict, rule, start, noise=noise, cond={"cond": cond})
     for level, after in pairwise(levels):
         if after < level:
             x = next(walk)[0] / float(alpha(after)) ** 0.5
