@@ -419,6 +419,8 @@ def gam_mu(step, gam=2.0, mu=0.0):
     (gam), and a lower level reached, from which noise lifts x again (mu). DDIM is (1, 0), DDPM (1, 1/2), the
     accelerated sampler (2, 0).
     """
+    if not 0 <= mu < 1:
+        raise ValueError(f"mu must lie in [0, 1), not {mu}")
     pred, row = evaluate(step), step.ahead()
     (alpha, s), sigma = level(step, row), sigma_of(step, step.row)
     lower = (sigma_of(step, row) / sigma) ** (mu / (1 - mu))  # sigma_p / sigma'

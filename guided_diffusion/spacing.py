@@ -3,9 +3,9 @@
 Every spacing but `leading` keeps the last row, where sampling starts from pure noise; a single row is always the last.
 """
 
-import difflib
-
 import numpy as np
+
+from .schedules import unknown
 
 
 def pick(table, name, kind):
@@ -16,9 +16,7 @@ def pick(table, name, kind):
     """
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), table, n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"unknown {kind} {name!r}: {hint}choose from {', '.join(table)}")
+    raise ValueError(unknown(kind, name, table))
 
 
 def spaced_rows(process, spacing, count):
