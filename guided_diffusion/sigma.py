@@ -401,6 +401,8 @@ class SigmaModel(nn.Module, ModelMixin):
         sigma = positive(over(sigma, x)).expand(len(x), *[1] * (x.ndim - 1))  # [N,1,..,1]
         rows = self.rows(sigma.flatten())
         cond = cond if isinstance(cond, dict) else {} if cond is None else {"y": cond}
+        if self.diffusion.model_mean_type is ModelMeanType.EDM:
+            return self._edm_eps(x, sigma, cond)
         scaled = x * alpha(sigma).sqrt()
         output = self.model(scaled, self._told(rows, x.device), **cond)
         guess, _ = split_output(output, x, self.diffusion.model_var_type)
@@ -409,6 +411,15 @@ class SigmaModel(nn.Module, ModelMixin):
             x0 = x0_from_previous(self.diffusion, scaled, th.as_tensor(rows, device=x.device).long(), guess)
             return (x - x0) / sigma
         return _READ_EPS[mean_type](self, x, sigma, guess)
+
+    def _edm_eps(self, x, sigma, cond):
+        """EDM's network knows noise levels, not rows (Karras et al. 2022, table 1)."""
+        data = self.diffusion.sigma_data
+        spread = (sigma**2 + data**2).sqrt()
+        output = self.model(x / spread, sigma.flatten().log() / 4, **cond)
+        guess, _ = split_output(output, x, self.diffusion.model_var_type)
+        x0 = (data / spread) ** 2 * x + sigma * data / spread * guess
+        return (x - x0) / sigma
 
     def _told(self, rows, device):
         """The network's clock at rows: its own numbers, interpolated (float32) unless each of them is a row."""

@@ -39,6 +39,7 @@ from guided_diffusion.sigma import (
     sigma_predictor,
     training_loop,
 )
+from guided_diffusion.spacing import spaced_rows
 from guided_diffusion.toy import Points, Sauropod, Swissroll, TreeDataset
 from guided_diffusion.toy_models import (
     Attention,
@@ -781,7 +782,7 @@ def test_a_unet_of_ours_as_a_sigma_model_with_labels_and_guidance():
 def test_a_sigma_model_under_every_sampler_of_ours(name):
     th.manual_seed(0)
     data = th.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 1.0]])
-    p = Process(LINEAR).spaced(Process(LINEAR).log_snr_rows(40))
+    p = Process(LINEAR).spaced(spaced_rows(Process(LINEAR), "log_snr", 40))
     predict = sigma_predictor(p, Scaled(PredX0(IdealOfX0))(data))
     x, _ = last(sampling.sample(p, predict, sampling.SAMPLERS[name], th.randn(300, 2)))
     near, which = th.cdist(x, data).min(1)
