@@ -7,6 +7,7 @@ exported; else, on one node, through a file in the temporary folder; else, under
 """
 
 import contextlib
+import importlib
 import os
 import re
 import socket
@@ -73,6 +74,9 @@ def setup_dist(device=None):
         torch.cuda.set_device(_device)
     if place.size == 1 or _connected():
         return
+    # Default arguments in this module keep the group that they find, and so its threads beyond `finish`, where they can
+    # abort the exit of Python: torch imports it for DistributedDataParallel, which is too late.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if _device.type == "cuda" and dist.is_nccl_available() else "gloo"
     dist.init_process_group(
         backend, **_rendezvous(place), rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT
