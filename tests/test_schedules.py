@@ -17,7 +17,9 @@ from guided_diffusion.spacing import spaced_rows
 
 F64 = th.float64
 KINDS = list(ModelMeanType)
-NAMES = [*sch.SCHEDULES, "linear+zero_snr", "cosine+shift4", "sigmoid+shift0.5+zero_snr"]
+# As they are at first: the pages of docs/ that other tests run add rows of their own.
+SCHEDULES, WEIGHTS = tuple(sch.SCHEDULES), tuple(LOSS_WEIGHTS)
+NAMES = [*SCHEDULES, "linear+zero_snr", "cosine+shift4", "sigmoid+shift0.5+zero_snr"]
 
 
 def process(name, steps=1000):
@@ -42,6 +44,13 @@ def test_abar_has_the_values_seen_in_other_implementations(name, steps, first, m
     abar = process(name, steps).alphas_cumprod
     assert abar[[0, steps // 2]] == pytest.approx([first, middle], rel=4e-5 if name == "linear" else 3e-7, abs=3e-8)
     assert abar[-1] == pytest.approx(last, rel=0.015)
+
+
+def test_sigmoid_depends_on_its_ends_over_tau():
+    np.testing.assert_allclose(sch.sigmoid(50, -6, 4, tau=2.0), sch.sigmoid(50, -3, 2), rtol=1e-9)
+    abar = Process(sch.sigmoid(50, -3, 2)).alphas_cumprod[24]  # by hand, half way at -1/2
+    low, high, here = (math.tanh(v / 2) for v in (-3, 2, -0.5))
+    assert abar == pytest.approx((high - here) / (high - low), rel=1e-12)
 
 
 def test_sigmoid_beta_is_a_sigmoid_between_the_ends_of_linear():
@@ -121,7 +130,7 @@ def test_schedules_that_cannot_be(name, steps, error, message):
 
 def test_the_help_names_every_schedule_change_and_weight():
     fields = config.options(config.DiffusionOptions)
-    for option, names in (("noise_schedule", [*sch.SCHEDULES, *sch.CHANGES]), ("loss_weight", LOSS_WEIGHTS)):
+    for option, names in (("noise_schedule", [*SCHEDULES, *sch.CHANGES]), ("loss_weight", WEIGHTS)):
         text = fields[option].metadata["help"]
         assert all(name in text for name in names)
     assert fields["predict"].metadata["choices"] == tuple(script_util.PREDICT)
@@ -316,7 +325,7 @@ def test_weights_say_the_same_of_x0_whatever_is_predicted(sigma_data):
     """Through training_losses: the same wrong x_0 costs the same, but under `unit`."""
     betas = {"name": "karras", "steps": 60, "sigma_data": sigma_data}
     wrong, costs = 0.3, {}
-    for weight in LOSS_WEIGHTS:
+    for weight in WEIGHTS:
         for kind in KINDS:
             d = make(kind=kind, loss_weight=weight, **betas)
             x0, x, t, noise = noised(d, 60)
@@ -332,7 +341,7 @@ def test_weights_say_the_same_of_x0_whatever_is_predicted(sigma_data):
         "p2": 1 / (1 + sigma**2),
         "edm": (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2,
     }
-    assert {*expected, "unit"} == set(LOSS_WEIGHTS)
+    assert {*expected, "unit"} == set(WEIGHTS)
     for weight, on_x0 in expected.items():
         for kind in KINDS:
             th.testing.assert_close(costs[weight, kind], on_x0 * wrong**2, rtol=1e-6, atol=0)
@@ -379,7 +388,7 @@ def test_weights_leave_the_variational_term_alone():
 
 def test_weights_at_pure_noise_are_finite():
     for kind in (ModelMeanType.START_X, ModelMeanType.VELOCITY, ModelMeanType.PREVIOUS_X):
-        for weight in LOSS_WEIGHTS:
+        for weight in WEIGHTS:
             assert np.isfinite(loss_weights(process("cosine+zero_snr"), weight, kind)).all()
 
 
