@@ -14,7 +14,14 @@ PACKAGE = ROOT / "guided_diffusion"
 
 # Each line may import what stands to the left of it or on earlier lines of its part; machinery may import anything
 # above it. Mathematics and networks never meet below the machinery.
-MATHEMATICS = ["process", "prediction spacing", "solvers", "sampling guidance losses resample", "gaussian_diffusion", "respace toy"]
+MATHEMATICS = [
+    "process",
+    "prediction spacing",
+    "solvers",
+    "sampling guidance losses resample",
+    "gaussian_diffusion",
+    "respace toy",
+]
 NETWORKS = ["nn", "unet"]
 MACHINERY = [
     "config pictures image_datasets",
