@@ -219,8 +219,8 @@ def heun(step):
 def edm(step, stride=2, rise=1, s_min=0.0, s_max=math.inf, s_noise=1.0):
     """
     Heun with churn (Karras et al. 2022, algorithm 2): noise lifts x by `rise` rows, then a step of second order takes
-    it down to the `stride`-th row below where it was. The rows between are kept for that; the paper's gamma is
-    sigma_lifted / sigma - 1.
+    it down to the `stride`-th row below where it was. The rows between are kept for that. The paper's gamma is
+    sigma_lifted / sigma - 1; as there it is at most sqrt(2) - 1, so where rows lie further apart nothing is lifted.
 
     :param s_min, s_max: churn only where sigma lies between.
     :param s_noise: standard deviation of the noise added.
@@ -228,12 +228,13 @@ def edm(step, stride=2, rise=1, s_min=0.0, s_max=math.inf, s_noise=1.0):
     step.rows_used = max(1, step.rows_left(stride))
     if not step.rows_left(1):
         return euler(step)
-    x, lifted, sigma = step.x, min(step.row + rise, step.process.num_timesteps - 1), sigma_of(step, step.row)
-    if lifted == step.row or math.isinf(sigma_of(step, lifted)) or not s_min <= sigma <= s_max:
-        lifted = step.row
+    x, sigma = step.x, sigma_of(step, step.row)
+    lifted = min(step.row + rise, step.process.num_timesteps - 1)
+    if lifted > step.row and s_min <= sigma <= s_max and (high := sigma_of(step, lifted)) <= math.sqrt(2) * sigma:
+        fresh = s_noise * math.sqrt(high**2 - sigma**2) * step.noise()
+        x = level(step, lifted)[0] * (x / level(step, step.row)[0] + fresh)
     else:
-        fresh = s_noise * math.sqrt(sigma_of(step, lifted) ** 2 - sigma**2)
-        x = level(step, lifted)[0] * (x / level(step, step.row)[0] + fresh * step.noise())
+        lifted = step.row
     return _trapezoid(step, x, lifted, step.ahead(step.rows_used))
 
 
