@@ -208,6 +208,11 @@ def test_the_true_output_gives_the_true_noise(modifier):
     assert (error / (1 + magnified)).max() < 1e-6
 
 
+def test_dividing_by_a_noise_level_of_zero_is_refused_whatever_the_network():
+    with pytest.raises(ValueError, match="need sigma above 0"):
+        PredX0(Wave)().predict_eps(th.ones(2, 3), th.tensor([[1.0], [0.0]]))
+
+
 def test_v_is_the_velocity_of_the_rest_of_the_project():
     p, t = Process(LINEAR), th.tensor([0, 400, 999])
     x0, eps = th.randn(3, 2, dtype=F64), th.randn(3, 2, dtype=F64)
@@ -742,6 +747,10 @@ def test_the_clock_between_rows():
     assert told[0].tolist() == pytest.approx(expected, rel=1e-5) and told[0].dtype == th.float32
     assert told[1].tolist() in ([0, steps[2], steps[1], steps[2], 999], [0, steps[2], steps[2], steps[2], 999])
     assert told[1].dtype == th.int64
+    whole = diffusion(respacing="1000")
+    levels = th.as_tensor(whole.sqrt_recipm1_alphas_cumprod).float()[:, None]  # rounded, and rows all the same
+    as_sigma_model(net_module(net), whole)(th.zeros(1000, 2), levels)
+    assert told[2].dtype == th.int64 and told[2].tolist() == list(range(1000))
     with pytest.raises(ValueError, match="unknown clock 'linear'"):
         as_sigma_model(Net(), d, "linear")
 
@@ -801,12 +810,20 @@ class IdealOfX0(nn.Module, ModelMixin):
         return x - sigma * self.ideal(x, sigma)
 
 
+class Dropping(nn.Dropout, ModelMixin):
+    """In training mode it drops half of x."""
+
+    def forward(self, x, sigma, cond=None):
+        return super().forward(x)
+
+
 def test_the_mode_of_a_sigma_model_under_our_samplers():
     model = seeded(Spy, hidden_dims=(8,), num_classes=3, dropout_prob=1.0).train()
     predict = sigma_predictor(Process(LINEAR), model, cfg_scale=1.0)
     t, x, y = th.tensor([5, 5]), th.randn(2, 2), th.tensor([0, 1])
     assert th.equal(predict(x, t, y=y).eps, predict(x, t, cond=y).eps) and model.training
     assert model.seen == [[0, 1, 3, 3]] * 2
+    assert sigma_predictor(Process(LINEAR), Dropping())(th.ones(1, 99), t[:1]).eps.all()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
