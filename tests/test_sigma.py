@@ -33,6 +33,7 @@ from guided_diffusion.sigma import (
     alpha,
     as_sigma_model,
     check_embeddings,
+    gam_mu,
     generate_train_sample,
     samples,
     sigma_of,
@@ -209,6 +210,11 @@ def test_the_true_output_gives_the_true_noise(modifier):
     assert (error / (1 + magnified)).max() < 1e-6
 
 
+def test_dividing_by_a_noise_level_of_zero_is_refused_whatever_the_network():
+    with pytest.raises(ValueError, match="need sigma above 0"):
+        PredX0(Wave)().predict_eps(th.ones(2, 3), th.tensor([[1.0], [0.0]]))
+
+
 def test_v_is_the_velocity_of_the_rest_of_the_project():
     p, t = Process(LINEAR), th.tensor([0, 400, 999])
     x0, eps = th.randn(3, 2, dtype=F64), th.randn(3, 2, dtype=F64)
@@ -361,12 +367,17 @@ def test_dit():
     block += 2 * width * hidden + hidden + width + 6 * width * (width + 1)
     ends = 3 * 4 * width + width + width * 12 + 12 + 2 * width * (width + 1) + 2 * width + width + width * (width + 1)
     assert sum(p.numel() for p in model.parameters()) == 4 * block + ends
+    tokens = th.randn(2, 64, width)
+    assert th.equal(model.blocks(tokens, th.randn(2, width)), tokens)  # each block starts as the identity
+    assert len(model.positions.round(decimals=4).unique(dim=0)) == 64
     embed = CondEmbedderLabel(16, 3, dropout_prob=0.0)
     small = unzeroed(seeded(DiT, 4, 2, 2, depth=2, head_dim=8, num_heads=2, cond_embed=embed))
     x = th.randn(2, 2, 4, 4)
     out = small(x, th.tensor(1.0), th.tensor([0, 1]))
     assert th.equal(small(x, th.tensor(1.0)), small(x, th.tensor(1.0), th.tensor([3, 3])))
     assert not th.allclose(out, small(x, th.tensor(1.0)))
+    alike = small(th.ones(1, 2, 4, 4), th.tensor(1.0))[0].unfold(1, 2, 2).unfold(2, 2, 2).permute(1, 2, 0, 3, 4)
+    assert len(alike.reshape(4, -1).round(decimals=4).unique(dim=0)) == 4  # equal patches, told apart by their place
     # Patches come back where they came from: with attention switched off, one patch changes only its own place.
     for block in small.blocks:
         nn.init.zeros_(block.attn.proj.weight)
@@ -492,6 +503,16 @@ def test_expected_noise_of_wide_components():
     assert out.item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_density_of_a_gaussian_in_the_plane():
+    p, t, x = Process(LINEAR), th.tensor([200]), th.tensor([[0.3, -1.1]], dtype=F64)
+    abar = p.alphas_cumprod[200]
+    var = abar * np.array([0.25, 0.04]) + 1 - abar
+    gap = x.numpy()[0] - math.sqrt(abar) * np.array([0.5, -2.0])
+    expected = -0.5 * (gap**2 / var + np.log(2 * np.pi * var)).sum()
+    density = toy.Mixture(th.tensor([[0.5, -2.0]], dtype=F64), th.tensor([0.5, 0.2])).log_density(p, x, t)
+    assert density.item() == pytest.approx(expected, rel=1e-6)  # std was given in float32
+
+
 def test_sq_norm():
     assert sq_norm(th.tensor([[3.0, 4.0], [0.0, 2.0]]), 3).tolist() == [[25.0] * 3, [4.0] * 3]
 
@@ -605,6 +626,13 @@ def test_the_noise_of_mu_half_is_the_posteriors():
     eta2 = after**2 - (after**2 / sigma) ** 2
     assert eta2 == pytest.approx(p.posterior_variance[500] / p.alphas_cumprod[499], rel=1e-9)
     assert eta2 == pytest.approx(0.1279003, abs=5e-8)
+
+
+def test_the_family_applies_a_gradient_as_ddim_does():
+    d, start = diffusion(), th.randn(4, 3, dtype=F64)
+    predict = d.predictor(Net(), clip_denoised=False, cond_fn=lambda x, t: 0.3 - x)
+    ours, ddim = (last(sampling.sample(d, predict, rule, start))[0] for rule in (gam_mu, sampling.ddim))
+    assert th.allclose(ours, ddim, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("gam, mu", [(1.0, 0.0), (2.0, 0.0), (1.0, 0.5), (1.7, 0.3)])
@@ -743,6 +771,10 @@ def test_the_clock_between_rows():
     assert told[0].tolist() == pytest.approx(expected, rel=1e-5) and told[0].dtype == th.float32
     assert told[1].tolist() in ([0, steps[2], steps[1], steps[2], 999], [0, steps[2], steps[2], steps[2], 999])
     assert told[1].dtype == th.int64
+    whole = diffusion(respacing="1000")
+    levels = th.as_tensor(whole.sqrt_recipm1_alphas_cumprod).float()[:, None]  # rounded, and rows all the same
+    as_sigma_model(net_module(net), whole)(th.zeros(1000, 2), levels)
+    assert told[2].dtype == th.int64 and told[2].tolist() == list(range(1000))
     with pytest.raises(ValueError, match="unknown clock 'linear'"):
         as_sigma_model(Net(), d, "linear")
 
@@ -802,12 +834,20 @@ class IdealOfX0(nn.Module, ModelMixin):
         return x - sigma * self.ideal(x, sigma)
 
 
+class Dropping(nn.Dropout, ModelMixin):
+    """In training mode it drops half of x."""
+
+    def forward(self, x, sigma, cond=None):
+        return super().forward(x)
+
+
 def test_the_mode_of_a_sigma_model_under_our_samplers():
     model = seeded(Spy, hidden_dims=(8,), num_classes=3, dropout_prob=1.0).train()
     predict = sigma_predictor(Process(LINEAR), model, cfg_scale=1.0)
     t, x, y = th.tensor([5, 5]), th.randn(2, 2), th.tensor([0, 1])
     assert th.equal(predict(x, t, y=y).eps, predict(x, t, cond=y).eps) and model.training
     assert model.seen == [[0, 1, 3, 3]] * 2
+    assert sigma_predictor(Process(LINEAR), Dropping())(th.ones(1, 99), t[:1]).eps.all()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
