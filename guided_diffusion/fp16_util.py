@@ -5,6 +5,8 @@ import math
 import torch as th
 
 from . import logger
+from .nn import convert_module_to_f16 as convert_module_to_f16  # the original's place
+from .nn import convert_module_to_f32 as convert_module_to_f32
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
@@ -85,7 +87,6 @@ class MixedPrecisionTrainer:
     def _skip(self):
         self.bad_steps += 1
         self.skipped += 1
-        logger.logkv("skipped_steps", self.skipped)
         if self.use_fp16:
             self.lg_loss_scale = max(self.lg_loss_scale - 1, 0.0)
             logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")

@@ -100,8 +100,7 @@ class GaussianDiffusion(Process):
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
         """p(x_{t-1} | x_t) and the x_0 behind it: dict of mean, variance, log_variance, pred_xstart, all like x."""
-        if t.shape != (len(x),):
-            raise ValueError(f"t must hold one row for each of the {len(x)} samples, not shape {tuple(t.shape)}")
+        _check_rows(t, x)
         pred = self.predictor(model, clip_denoised, denoised_fn)(x, t, **(model_kwargs or {}))
         return {
             "mean": prediction.mean_of(self, x, t, pred),
@@ -124,6 +123,7 @@ class GaussianDiffusion(Process):
         return {**p_mean_var, "pred_xstart": x0, "mean": prediction.posterior_mean(self, x, t, x0)}
 
     def _step(self, rule, predict, x, t, model_kwargs):
+        _check_rows(t, x)
         now = sampling.Step(self, lambda x, t: predict(x, t, **(model_kwargs or {})), x, t, lambda: th.randn_like(x))
         return _named(*rule(now))
 
@@ -225,6 +225,11 @@ class GaussianDiffusion(Process):
 
     def _scale_timesteps(self, t):
         return self.clock(t)
+
+
+def _check_rows(t, x):
+    if t.shape != (len(x),):
+        raise ValueError(f"t must hold one row for each of the {len(x)} samples, not shape {tuple(t.shape)}")
 
 
 def _named(x, pred):

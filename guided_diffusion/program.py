@@ -19,6 +19,8 @@ def start(args, *settled_later):
     :param settled_later: groups of options that a checkpoint's config.json will settle: logged only if typed.
     :return: (device, folder), the folder being the same for all ranks and known to be writable.
     """
+    if args.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)
     wanted = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or logger.default_dir()
     folder = dist_util.gather_objects(wanted)[0]
@@ -54,7 +56,17 @@ def log_network(path, flags):
 
 
 def open_training_data(args, flags, class_cond):
-    """The stream of training images; of a resumed run, from where it stopped and with the labels that it had."""
+    """
+    The stream of training images; of a resumed run, from where it stopped and with the labels that it had.
+
+    :raises ValueError: if a run that is not resumed would write over the checkpoints of another.
+    """
+    earlier = checkpoint.latest(logger.get_dir())
+    if earlier and not args.resume_checkpoint:
+        raise ValueError(
+            f"{logger.get_dir()} holds the checkpoints of a run: go on from it by --resume_checkpoint {earlier}, or "
+            "choose another --log_dir"
+        )
     return open_data(
         args,
         flags,

@@ -86,6 +86,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def update_with_all_losses(self, ts, losses):
         for t, loss in zip(ts, losses):
+            if not np.isfinite(loss):  # of a step that will be skipped
+                continue
             # A ring: the oldest entry makes room. Their order does not matter to the second moment.
             self._loss_history[t, self._loss_counts[t] % self.history_per_term] = loss
             self._loss_counts[t] += 1

@@ -152,10 +152,9 @@ def _no_noise(x):
 
 # ---------------------------------------------------------------------------------------------------------- noise
 
-def _generator(generator, *numbers):
-    """The generator, seeded by a tuple of whole numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return generator.manual_seed(int(state >> np.uint64(1)))
+def _generator(*numbers):
+    """A generator seeded by a tuple of whole numbers; numpy's, since torch's on the CPU reads 32 bits of a seed."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
 
 
 class SeededNoise:
@@ -168,18 +167,16 @@ class SeededNoise:
 
     def __init__(self, seed, indices, device="cpu"):
         self.device = th.device(device)
-        self.generators = [_generator(th.Generator(self.device), seed, index) for index in indices]
-
-    def _stack(self, draw):
-        return th.stack([draw(generator) for generator in self.generators])
+        self.generators = [_generator(seed, index) for index in indices]
 
     def normal(self, *shape):
-        """[N, *shape]."""
-        return self._stack(lambda g: th.randn(shape, generator=g, device=self.device))
+        """[N, *shape]; drawn on the host, so that every device sees the same noise."""
+        draws = np.stack([g.standard_normal(shape, dtype=np.float32) for g in self.generators])
+        return th.from_numpy(draws).to(self.device)
 
     def integers(self, high):
         """[N] int64 in 0..high-1."""
-        return self._stack(lambda g: th.randint(high, (), generator=g, device=self.device))
+        return th.tensor([int(g.integers(high)) for g in self.generators], device=self.device)
 
     def __call__(self, x):
         return self.normal(*x.shape[1:]).to(x.dtype)
@@ -201,7 +198,7 @@ class BrownianNoise:
 
     def __init__(self, seed, indices, process, device="cpu"):
         self.seed, self.indices = seed, list(indices)
-        self.generator = th.Generator(th.device(device))
+        self.device = th.device(device)
         self.snr = _snr(process)
 
     def piece(self, like, process, row, path=0):
@@ -222,8 +219,8 @@ class BrownianNoise:
 
     def _normal(self, index, number, path, like):
         # The place of a row is never 0: trailing zeros do not change a seed, and SeededNoise's are (seed, index).
-        generator = _generator(self.generator, self.seed, index, number + 1, path)
-        return th.randn(like.shape[1:], generator=generator, device=generator.device, dtype=like.dtype)
+        draw = _generator(self.seed, index, number + 1, path).standard_normal(like.shape[1:])
+        return th.from_numpy(np.asarray(draw)).to(self.device, like.dtype)
 
     def _find(self, snr):
         row = int(np.abs(self.snr - snr).argmin())

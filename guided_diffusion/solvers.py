@@ -83,9 +83,9 @@ def not_last(t, x):
 def ddpm(step):
     """Ancestral sampling (DDPM algorithm 2), guided through the mean (ADM algorithm 1), at row 0 too."""
     x, t = step.x, step.t
+    noise = step.noise()  # before a guidance that may draw random numbers of its own, as in the original
     pred = step.predict(x, t)
     mean = mean_of(step.process, x, t, pred)
-    noise = step.noise()
     if pred.grad is not None:
         mean = mean + pred.variance * pred.grad
     return mean + not_last(t, x) * th.exp(0.5 * pred.log_variance) * noise, pred

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import os
+import signal
+import threading
 import time
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, dist_util, logger
+from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename  # the original's place
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
@@ -141,13 +144,14 @@ class Trainer:
         self.task, self.data = task, data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
-        self.lr, self.lr_anneal_steps = lr, lr_anneal_steps
+        self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.total = min([steps for steps in (iterations, lr_anneal_steps) if steps > 0], default=0)
         self.ema_rates, self.ema_warmup = list(ema_rates), ema_warmup
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
         self.max_bad_steps, self.val_data = max_bad_steps, val_data
         self.seed, self.progress, self.drop = seed, progress, drop
         self.step = self.saved_at = 0
+        self.stop_asked = False
         self.device = next(task.net.parameters()).device
 
         if resume_checkpoint:
@@ -184,7 +188,7 @@ class Trainer:
 
     def run_loop(self):
         """Train until the last update is done and saved; without a limit, for ever."""
-        with self._bar() as bar:
+        with self._bar() as bar, self._interruptible():
             while not self.total or self.step < self.total:
                 x0, cond = self._next_of(self.data)
                 self.run_step(x0, cond)
@@ -197,8 +201,35 @@ class Trainer:
                     self.save()
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):
                         return
+                if self.stop_asked:
+                    self._stop()
+        if self._terms:
+            self.dump_log()
         if self.saved_at != self.step:
             self.save()
+
+    @contextlib.contextmanager
+    def _interruptible(self):
+        """In a single process, Ctrl-C and SIGTERM let the update under way end, save it and say how to go on."""
+        if dist_util.world_size() > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _ask_to_stop(self, number, frame):
+        self.stop_asked = True
+
+    def _stop(self):
+        if self.saved_at != self.step:
+            self.save()
+        name = os.path.join(logger.get_dir(), checkpoint.model_name(self.step))
+        logger.log(f"stopped at update {self.step}; go on by the same command with --resume_checkpoint {name}")
+        raise KeyboardInterrupt
 
     def _next_of(self, batches):
         """A batch; if an image of it cannot be read, the updates so far are saved before the run stops."""
@@ -263,8 +294,8 @@ class Trainer:
 
     def _set_lr(self):
         share = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
-        for group in self.opt.param_groups:
-            group["lr"] = self.lr * (1 - share)
+        for group in self.opt.param_groups:  # as asked for now, whatever a resumed optimizer remembers
+            group.update(lr=self.lr * (1 - share), weight_decay=self.weight_decay)
 
     def _update_ema(self):
         ceiling = self.step / (9 + self.step) if self.ema_warmup else 1.0
@@ -295,6 +326,8 @@ class Trainer:
         logger.logkv("samples", self.step * self.batch_size * dist_util.world_size())
         logger.logkv("lr", self.opt.param_groups[0]["lr"])
         logger.logkv("param_norm", self.mp_trainer.param_norm())
+        if self.mp_trainer.skipped:
+            logger.logkv("skipped_steps", self.mp_trainer.skipped)
         for name, value in means.items():
             logger.logkv(name, value)
         logger.logkv("seconds", now - self._seconds)
@@ -312,6 +345,7 @@ class Trainer:
         sums = {}
         for name, parts in rows.items():
             values, t = th.cat(parts, 1).cpu().double().numpy()  # one transfer a term and log interval
+            values, t = values[np.isfinite(values)], t[np.isfinite(values)]  # skipped steps are counted, not averaged
             quartile = (4 * t / self.task.num_timesteps).astype(int)
             for key, chosen in [(name, values), *((f"{name}_q{q}", values[quartile == q]) for q in range(4))]:
                 if len(chosen):

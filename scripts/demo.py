@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -222,7 +223,7 @@ def columns(rows, name):
 def write_report(demo, args, table):
     """report.md: what was done, the table, the pictures, the commands."""
     real, top = table[0], best(table)
-    free = next(row for row in table if row["scale"] == 0)
+    free = next((row for row in table if row["scale"] == 0), None)
     lines = [
         "# Handwritten digits, drawn by a diffusion model and steered by a classifier",
         "",
@@ -232,8 +233,9 @@ def write_report(demo, args, table):
         f"sampling; on {len(np.load(real['path'])['arr_0'])} held-out real digits it is right in "
         f"{real['label_agreement']:.1%} of cases. Below it says how many samples are of the class asked for.",
         "",
-        f"Unguided samples are of the asked class in {free['label_agreement']:.1%} of cases, since nothing tells the "
-        f"model which one that is; at scale {top['scale']:g}, {top['label_agreement']:.1%} are.",
+        *([f"Unguided samples are of the asked class in {free['label_agreement']:.1%} of cases, since nothing tells "
+           "the model which one that is."] if free else []),
+        f"At scale {top['scale']:g}, {top['label_agreement']:.1%} are of the class asked for.",
         "",
         "## Scores",
         "",
@@ -281,11 +283,27 @@ def write_report(demo, args, table):
     return report
 
 
+def check(args):
+    """Raise ValueError for options that would fail only after minutes of work."""
+    for name in ("scales", "ddim_scales"):
+        for part in getattr(args, name).split(","):
+            try:
+                float(part)
+            except ValueError:
+                raise ValueError(f"--{name} {getattr(args, name)!r}: give numbers, as 0,1,3") from None
+    for name, least in {"iterations": 1, "classifier_iterations": 1, "num_samples": 20, "steps": 2}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+
+
 def main():
     args = config.parse(__doc__, DemoOptions)
     start = time.monotonic()
+    check(args)
     demo = Demo(Path(args.out), args.seed)
     demo.out.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "classifier", "judge", "samples", "pictures"):  # of an earlier demo in the same folder
+        shutil.rmtree(demo.out / name, ignore_errors=True)
     train(demo, args)
     table = score(demo, args, draw(demo, args))
     draw_pictures(demo, args, table)

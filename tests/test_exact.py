@@ -438,3 +438,21 @@ def test_prediction_is_a_record_that_cannot_be_changed_by_accident():
     pred = Prediction(*[th.zeros(1)] * 4)
     with pytest.raises(AttributeError):
         pred.x0 = th.ones(1)
+
+
+def test_no_two_samples_share_their_noise_through_a_short_seed():
+    """torch's generator on the CPU reads 32 bits of a seed, in which these two met."""
+    first, second = sampling.SeededNoise(0, [50699, 55170]).normal(8)
+    assert (first - second).abs().min() > 1e-3
+
+
+def test_guidance_that_draws_random_numbers_leaves_the_noise_of_a_step_as_it_was():
+    p = process(50)
+    plain = toy.ring().predictor(p, ModelVarType.FIXED_SMALL)
+    noisy = classifier_guided(plain, lambda x, t: th.randn_like(x) * 0)
+    results = []
+    for predict in (plain, noisy):
+        th.manual_seed(0)
+        step = sampling.Step(p, predict, th.ones(3, 2, dtype=F64), th.full((3,), 20), lambda: th.randn(3, 2, dtype=F64))
+        results.append(sampling.ddpm(step)[0])
+    assert th.equal(*results)

@@ -33,13 +33,13 @@ from guided_diffusion.sigma import (
     alpha,
     as_sigma_model,
     check_embeddings,
-    gam_mu,
     generate_train_sample,
     samples,
     sigma_of,
     sigma_predictor,
     training_loop,
 )
+from guided_diffusion.solvers import gam_mu
 from guided_diffusion.spacing import spaced_rows
 from guided_diffusion.toy import Points, Sauropod, Swissroll, TreeDataset
 from guided_diffusion.toy_models import (

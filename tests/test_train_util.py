@@ -2,6 +2,7 @@
 
 import csv
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -380,3 +381,36 @@ def test_unreadable_ema_rate():
     assert parse_ema_rates("0.999, 0.9999") == [0.999, 0.9999] and parse_ema_rates(0.5) == [0.5]
     with pytest.raises(ValueError, match="'fast'"):
         parse_ema_rates("fast")
+
+
+def test_a_bad_loss_does_not_spoil_the_loss_aware_sampler(folder):
+    sampler = create_named_schedule_sampler("loss-second-moment", DIFFUSION)
+    sampler._loss_history[:], sampler._loss_counts[:] = 1.0, 10
+    train(folder, 4, task=DiffusionTask(Net(), DIFFUSION, sampler), data=poisoned(1))
+    assert np.isfinite(sampler.weights()).all() and rows(folder)[-1]["skipped_steps"] == "1"
+
+
+def test_a_row_of_the_log_averages_the_good_steps_and_the_last_updates_have_one(folder):
+    train(folder, 7, data=poisoned(3), log_interval=5)
+    assert [row["step"] for row in rows(folder)] == ["1", "5", "7"]
+    assert all(math.isfinite(float(row["loss"])) for row in rows(folder))
+
+
+def test_a_new_weight_decay_takes_effect_on_resume(folder):
+    train(folder, 2)
+    resumed = train(folder, 3, weight_decay=0.5, resume_checkpoint=str(folder / "model000002.pt"))
+    assert resumed.opt.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_an_interrupt_saves_the_update_under_way_and_says_how_to_go_on(folder, capsys):
+    def interrupted():
+        for number, batch in enumerate(batches()):
+            if number == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    with logger.scoped_configure(dir=str(folder), format_strs=["stdout"]), pytest.raises(KeyboardInterrupt):
+        train(folder, 50, data=interrupted())
+    assert (folder / "model000004.pt").exists()
+    assert "--resume_checkpoint" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
