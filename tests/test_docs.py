@@ -71,7 +71,7 @@ def test_the_demo_and_every_command_of_the_readme(clone):
         else:
             shell(tiny(command), clone)
             ran += 1
-    assert ran == 11
+    assert ran == 12
     assert (clone / "runs/digits/model000004.pt").exists()  # resumed at 2 and gone on to 4
     assert (clone / "runs/digits_guided/samples_6x8x8x1.npz").exists()
     assert (clone / "runs/digits_mpi/model000002.pt").exists() and (clone / "runs/demo/scale_3.json").exists()
