@@ -55,7 +55,7 @@ SAMPLERS = {
     "dpm_3": Sampler(solvers.dpm_3),
     "unipc": Sampler(solvers.unipc),
     "deis": Sampler(solvers.deis),
-    "plms": Sampler(solvers.plms, "uniform"),
+    "plms": Sampler(solvers.plms, "quadratic"),
     "euler": Sampler(solvers.euler, "karras"),
     "euler_ancestral": Sampler(partial(solvers.euler, eta=1.0), "karras", stochastic=True),
     "edm": Sampler(solvers.edm, "karras", stochastic=True),
@@ -219,7 +219,7 @@ class BrownianNoise:
 
     def _normal(self, index, number, path, like):
         # The place of a row is never 0: trailing zeros do not change a seed, and SeededNoise's are (seed, index).
-        draw = _generator(self.seed, index, number + 1, path).standard_normal(like.shape[1:])
+        draw = _generator(self.seed, index, number + 1, path).standard_normal(like.shape[1:], dtype=np.float32)
         return th.from_numpy(np.asarray(draw)).to(self.device, like.dtype)
 
     def _find(self, snr):
