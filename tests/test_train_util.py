@@ -414,3 +414,32 @@ def test_an_interrupt_saves_the_update_under_way_and_says_how_to_go_on(folder, c
     assert (folder / "model000004.pt").exists()
     assert "--resume_checkpoint" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_importance_weights_weigh_the_gradient(folder):
+    class Weighted(DiffusionTask):
+        def draw(self, n, device, rng):
+            return th.arange(n), th.linspace(0.1, 2.0, n)
+
+    trainer = Trainer(Weighted(Net(), DIFFUSION), None, batch_size=8, microbatch=3)
+    x0, cond = next(batches())
+    trainer.forward_backward(x0, cond)
+    net = Net()
+    rng = np.random.default_rng((0, 0, 0))
+    th.manual_seed(int(rng.integers(2**63)))
+    losses = DIFFUSION.training_losses(net, x0, th.arange(8), noise=th.randn_like(x0))["loss"]
+    (th.linspace(0.1, 2.0, 8) * losses).mean().backward()
+    for ours, by_hand in zip(trainer.task.net.parameters(), net.parameters()):
+        th.testing.assert_close(ours.grad, by_hand.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_is_in_evaluation_mode_and_leaves_the_mode_as_it_was(folder):
+    modes = []
+
+    class Watching(DiffusionTask):
+        def loss(self, net, x0, cond, t, noise):
+            modes.append((net.training, th.is_grad_enabled()))
+            return super().loss(net, x0, cond, t, noise)
+
+    train(folder, 2, task=Watching(Net(), DIFFUSION), val_data=batches(seed=1), eval_interval=1)
+    assert modes == [(True, True), (False, False)] * 2
