@@ -766,11 +766,10 @@ def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, tmp_
     words = f"--data_dir {digits}/train {NET} {TRAIN} --iterations 9 --log_dir {folder}"
     resume = f"--resume_checkpoint {folder}/model000008.pt"
     refused("image_train", f"{words} {resume} --learn_sigma", "does not fit")
-    for more in ("", resume):
-        refused("image_train", f"{words} {more} --noise_schedule linear",
-                "holds checkpoints with noise_schedule cosine.*choose another --log_dir")  # fmt: skip
+    refused("image_train", f"{words} {resume} --noise_schedule linear",
+            "holds checkpoints with noise_schedule cosine.*choose another --log_dir")  # fmt: skip
     refused("classifier_train", f"--data_dir {digits}/train {CLASSIFIER} {TRAIN} --log_dir {folder}",
-            "checkpoints of kind diffusion: choose another --log_dir")  # fmt: skip
+            "holds the checkpoints of a run.*choose another --log_dir")  # fmt: skip
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
     done("image_train", f"{words} {resume} --dropout 0.1")
     assert (folder / "model000009.pt").exists()
@@ -883,7 +882,7 @@ def test_a_loss_that_is_not_a_number_costs_one_update(name, words, task, pets, t
     monkeypatch.setattr(task, "loss", poisoned)
     said = done(name, f"--data_dir {pets}/train {words} {TRAIN} --iterations 4 --log_dir {tmp_path}").out
     assert "not finite: step skipped (1 so far)" in said
-    assert [row["skipped_steps"] for row in rows(tmp_path)] == ["", "1", "", ""]
+    assert [row["skipped_steps"] for row in rows(tmp_path)] == ["", "1", "1", "1"]
     assert all(value.isfinite().all() for value in checkpoint.load(tmp_path / "model000004.pt").values())
 
 
@@ -903,7 +902,8 @@ def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):
     monkeypatch.setattr(train_util.Trainer, "run_loop", lambda self: loops.append(self))
     data = f"--data_dir {pets}/train {TRAIN}"
     done("image_train", f"{data} {NET} --use_fp16 --fp16_scale_growth 0.5 --ema_warmup False --ema_rate 0.5"
-         f" --grad_clip 2 --max_bad_steps 7 --lr_anneal_steps 9 --weight_decay 0.25 --microbatch 3 --log_dir {tmp_path}/a")  # fmt: skip
+         f" --grad_clip 2 --max_bad_steps 7 --lr_anneal_steps 9 --weight_decay 0.25 --microbatch 3"
+         f" --log_dir {tmp_path}/a")  # fmt: skip
     done("classifier_train", f"{data} {CLASSIFIER} --num_classes 3 --classifier_use_fp16 --anneal_lr"
          f" --iterations 6 --schedule_sampler loss-second-moment --log_dir {tmp_path}/b")  # fmt: skip
     model, guide = loops
