@@ -12,7 +12,7 @@ from guided_diffusion.guidance import classifier_guided
 from guided_diffusion.prediction import ModelVarType
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.sampling import SAMPLERS, sample
-from guided_diffusion.spacing import spaced_rows
+from guided_diffusion.spacing import pick, spaced_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
@@ -24,6 +24,7 @@ class ToyOptions:
     out: str = option("runs/toy/toy.png", "the picture to write")
     points: int = option(300, "samples in each panel")
     steps: int = option(30, "steps of each sampler")
+    samplers: str = option("ddpm,ddim,heun,dpmpp_2m", "samplers by name, one row each")
     scales: str = option("0,1,4", "scales of classifier guidance, one column each")
     seed: int = option(0, "seed of the start and the noise")
 
@@ -52,10 +53,13 @@ def main():
     data = toy.ring()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * len(scales), 3.2 * len(SAMPLERS)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(SAMPLERS), len(scales), squeeze=False, sharex=True, sharey=True)
+    names = [name.strip() for name in args.samplers.split(",")]
+    for name in names:
+        pick(SAMPLERS, name, "sampler")
+    figure = Figure(figsize=(3.1 * len(scales), 3.2 * len(names)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(names), len(scales), squeeze=False, sharex=True, sharey=True)
     print(f"{'sampler':<10}{'scale':>6}{'asked class':>13}{'distance to nearest mean':>26}")
-    for row, name in zip(panels, SAMPLERS):
+    for row, name in zip(panels, names):
         for panel, scale in zip(row, scales):
             x, y = draw_samples(data, name, scale, args)
             distance, nearest = th.cdist(x, data.means).min(1)

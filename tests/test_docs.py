@@ -64,6 +64,12 @@ def test_the_demo_and_every_command_of_the_readme(clone):
     assert len(pictures) == 9 and all((clone / "runs/demo" / picture).stat().st_size > 3000 for picture in pictures)
     assert report.count("\n| DDPM 4 |") == 2 and report.count("\n| DDIM 2 |") == 1
 
+    said = shell("python scripts/toy.py --points 30 --scales 0,4", clone)
+    table = [line.split() for line in said.splitlines()[1:-1]]
+    assert [row[:2] for row in table] == [[n, s] for n in ("ddpm", "ddim", "heun", "dpmpp_2m") for s in ("0", "4")]
+    assert all(float(row[2][:-1]) == 100 for row in table if row[:2] in (["ddim", "4"], ["dpmpp_2m", "4"]))
+    assert (clone / "runs/toy/toy.png").stat().st_size > 10000
+
     ran = 0
     for command in commands(ROOT / "datasets" / "README.md") + commands(ROOT / "README.md"):
         if command.startswith("make "):
