@@ -135,7 +135,7 @@ def read_npz(path):
     wanted = [name for name in FILES if has_test or name.endswith("_train")]
     missing = [name for name in wanted if name not in arrays]
     if missing:
-        raise ValueError(f"{path} holds no array {missing[0]}: it must have x_train and y_train, and x_test with y_test")
+        raise ValueError(f"{path} has no array {missing[0]}: it needs x_train and y_train, and x_test only with y_test")
     return arrays
 
 
@@ -145,14 +145,15 @@ def _checked(arrays, split, source):
     if images.dtype != np.uint8 or images.shape[1:] != (28, 28) or not len(images):
         raise ValueError(f"{source}: x_{split} is {images.dtype} {list(images.shape)}, not uint8 [N,28,28]")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{source}: y_{split}, {labels.dtype} {list(labels.shape)}, is not a label 0..9 for each image")
+        raise ValueError(f"{source}: y_{split}, {labels.dtype} {list(labels.shape)}, gives no label 0..9 to each image")
     return images, labels.astype(np.int64)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("out_dir", help="folder to write; train.npz and test.npz are made in it")
-    config.add_flag(parser, "source", "", "a mirror, a folder of idx files or an npz with x_train; empty: the usual mirror")
+    where = "address of a mirror, folder of idx files, or npz with x_train; empty: the usual mirror"
+    config.add_flag(parser, "source", "", where)
     config.add_flag(parser, "fashion", False, "Fashion-MNIST, whose files have the same names, instead of the digits")
     parser.set_defaults(source="", fashion=False)
     args = parser.parse_args()

@@ -47,7 +47,7 @@ class Study:
         self.commands.append((f"python {shlex.join(words)}", time.monotonic() - start))
 
     def train_classifier(self, name, train, held_out, iterations, noised, seed, words):
-        """A classifier of the digits, into the folder `name`: of noised ones to guide by, or of clean ones, a judge."""
+        """The checkpoint of a classifier, trained into the folder `name`: a guide by noised images, or a judge."""
         self.run(
             "scripts/classifier_train.py", "--data_dir", train, "--val_data_dir", held_out, *words, "--noised", noised,
             "--seed", seed, "--lr", "1e-3", "--weight_decay", "0.05", "--anneal_lr", True, "--iterations", iterations,
@@ -75,6 +75,15 @@ def pack(data, path, image_size, most=10000):
     pixels = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # [N,S,S,1]
     np.savez(path, arr_0=pixels.numpy(), arr_1=cond["y"].numpy())
     return path
+
+
+def pick(path, picked, count, seed):
+    """Write `count` of the images of an npz (all if it has fewer), drawn at random, to `picked`; return that path."""
+    with np.load(path, allow_pickle=False) as npz:
+        images, labels = npz["arr_0"], npz["arr_1"]
+    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+    np.savez(picked, arr_0=images[chosen], arr_1=labels[chosen])
+    return picked
 
 
 def save_noising(path, diffusion, images, frames=10):

@@ -35,7 +35,7 @@ MEASURES = {
 class MnistOptions:
     """study"""
 
-    data: str = option("digits", "digits: those of scikit-learn; or a folder or npz that datasets/mnist.py takes or wrote")
+    data: str = option("digits", "digits: those of scikit-learn; or what datasets/mnist.py wrote, or reads")
     image_size: int = option(0, "side in pixels, a multiple of 32 for the DiffUNet; 0: 8 for the digits, 16 for others")
     network: str = option("small", "small, or the configuration of DiffUNet", ("small", *diffunet.FLAGS))
     iterations: int = option(2000, "updates of the diffusion model")
@@ -98,12 +98,13 @@ def draw(work, args, model):
 
 
 def score(work, args, judge, samples, train_data, held_out):
-    """The table: for the real held-out digits (scale None) and each scale {measure: (mean, standard error)}."""
+    """The table, {measure: (mean, standard error)} a row: first of real digits, as many at once, then of each scale."""
     judge = ClassifierExtractor(str(judge))
     reference = study.pack(train_data, work.out / "reference.npz", args.image_size, 5000)
-    real = study.pack(held_out, work.out / "held_out.npz", args.image_size, 5000)
+    held_out = study.pack(held_out, work.out / "held_out.npz", args.image_size, 5000)
+    real = [study.pick(held_out, work.out / f"held_out_{k}.npz", args.num_samples, k) for k in range(args.seeds)]
     rows = []
-    for scale, paths in {None: [real], **samples}.items():
+    for scale, paths in {None: real, **samples}.items():
         runs = [judged(reference, path, judge) for path in paths]
         row = {name: mean_and_error([run[name] for run in runs]) for name in MEASURES}
         rows.append({"scale": scale, "paths": list(map(str, paths)), **row})
@@ -121,7 +122,7 @@ def show(mean_error):
 def draw_pictures(work, args, model_path, rows):
     """Both processes, a grid for each scale and the trade-off, all under pictures/; their names in order."""
     folder = work.out / "pictures"
-    with np.load(rows[0]["paths"][0], allow_pickle=False) as real:
+    with np.load(work.out / "held_out.npz", allow_pickle=False) as real:
         first = [np.flatnonzero(real["arr_1"] == label)[0] for label in range(10)]
         images = th.from_numpy(real["arr_0"][first]).permute(0, 3, 1, 2) / 127.5 - 1              # [10,1,S,S]
     _, full, _ = open_diffusion(str(model_path))
@@ -150,9 +151,8 @@ def draw_pictures(work, args, model_path, rows):
 
 def write_report(work, args, rows, names):
     """report.md: what was done, the table, the pictures, the commands."""
-    heads = ["guidance scale", *MEASURES.values()]
-    cells = [[("real, held out" if row["scale"] is None else f"{row['scale']:g}"), *map(show, (row[m] for m in MEASURES))]
-             for row in rows]  # fmt: skip
+    names_of_rows = ["real, held out", *(f"{row['scale']:g}" for row in rows[1:])]
+    cells = [[name, *(show(row[measure]) for measure in MEASURES)] for name, row in zip(names_of_rows, rows)]
     lines = [
         "# Handwritten digits by classifier-free guidance",
         "",
@@ -162,7 +162,7 @@ def write_report(work, args, rows, names):
         "clean digits and with no part in the sampling, says which digits are as asked; features are the judge's, the "
         "reference is the training set. ± is the standard error over the seeds of sampling.",
         "",
-        *study.table(heads, cells),
+        *study.table(["guidance scale", *MEASURES.values()], cells),
         "",
         *[f"![{name}](pictures/{name})" for name in names],
     ]
