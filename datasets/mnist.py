@@ -129,7 +129,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as npz:
             arrays = {name: npz[name] for name in FILES if name in npz.files}
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read {path} as an npz of plain arrays: {error}") from error
     has_test = bool(arrays.keys() & {"x_test", "y_test"})
     wanted = [name for name in FILES if has_test or name.endswith("_train")]

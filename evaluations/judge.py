@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from . import metrics
-from .evaluator import evaluate
+from evaluations import metrics
+from evaluations.evaluator import evaluate
 
 
 def judged(reference, sample, judge):

@@ -27,7 +27,7 @@ def network_flags(name, image_size):
     :raises ValueError: for a side that six levels do not divide.
     """
     if image_size < DOWNSAMPLING or image_size % DOWNSAMPLING:
-        raise ValueError(f"DiffUNet halves images five times: image_size is {image_size}, no multiple of {DOWNSAMPLING}")
+        raise ValueError(f"image_size {image_size}: DiffUNet halves five times and needs a multiple of {DOWNSAMPLING}")
     flags = dict(FLAGS[name])
     sides = [str(image_size // factor) for factor in flags.pop("attention")]
     return {

@@ -87,7 +87,7 @@ def pick(path, picked, count, seed):
 
 
 def save_noising(path, diffusion, images, frames=10):
-    """A strip of images [N,C,H,W] in [-1,1], a row each, at so many equidistant rows t of the process, 0 to the last."""
+    """A strip of images [N,C,H,W] in [-1,1], as rows, at so many equidistant t from first to last."""
     import torch as th
 
     rows = np.linspace(0, diffusion.num_timesteps - 1, frames).round().astype(int).tolist()
