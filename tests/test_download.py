@@ -125,7 +125,6 @@ def test_what_is_not_there_is_said_with_its_address_and_leaves_nothing(server, t
 def mnist():
     spec = importlib.util.spec_from_file_location("mnist_program", ROOT / "datasets" / "mnist.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks there
     spec.loader.exec_module(module)
     return module
 
