@@ -1,4 +1,4 @@
-"""What studies are made of: programs run in turn, images packed for the judge, its scores; the MNIST study's bad input."""
+"""What studies are made of: programs run in turn, images packed for the judge, its scores; and the MNIST study."""
 
 import importlib.util
 import math
@@ -72,7 +72,7 @@ def test_the_noising_strip_runs_from_the_image_to_noise(tmp_path, monkeypatch):
     (frames, captions), = strips
     assert captions["column_labels"] == ["t=0", "t=5", "t=10", "t=15", "t=20"] and (tmp_path / "new/strip.png").exists()
     far = [float((frame / 127.5 - 1 - images.permute(0, 2, 3, 1)).abs().mean()) for frame in frames]
-    assert far[0] < 0.05 and far == sorted(far)
+    assert far[0] < 0.1 < 0.3 < far[-1] and far == sorted(far)
 
 
 def test_the_sampling_strip_ends_in_the_sample(tmp_path, monkeypatch):
@@ -181,9 +181,11 @@ def test_the_mnist_study_says_what_it_measured(tmp_path):
     assert script == "scripts/classifier_train.py" and of_judge["--noised"] is False and of_judge["--seed"] == 6
     del ran[:]
     found = mnist.draw(work, args, model)
-    assert [(words["--guidance_scale"], words["--seed"]) for _, words in ran] == [("0", 5), ("0", 6), ("2.5", 5), ("2.5", 6)]
+    asked = [(words["--guidance_scale"], words["--seed"]) for _, words in ran]
+    assert asked == [("0", 5), ("0", 6), ("2.5", 5), ("2.5", 6)]
     assert list(found) == [0, 2.5] and len(found[2.5]) == 2
-    rows = [{"scale": scale, **{name: (0.5, error) for name in mnist.MEASURES}} for scale, error in ((None, math.nan), (2.5, 0.1))]
+    rows = [{"scale": None, **dict.fromkeys(mnist.MEASURES, (0.5, math.nan))},
+            {"scale": 2.5, **dict.fromkeys(mnist.MEASURES, (0.5, 0.1))}]  # fmt: skip
     work.out.mkdir(exist_ok=True)
     lines = mnist.write_report(work, args, rows, ["noising.png"]).read_text().splitlines()
     table = [line for line in lines if line.startswith("|")]
