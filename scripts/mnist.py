@@ -19,8 +19,7 @@ from guided_diffusion.script_util import open_diffusion
 
 SMALL = "--num_channels 32 --num_res_blocks 1 --attention_resolutions 4 --num_head_channels 32"
 JUDGE = (
-    "--num_classes 10 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4"
-    " --classifier_num_head_channels 32"
+    "--classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 --classifier_num_head_channels 32"
 )
 MEASURES = {
     "label_agreement": "as asked",

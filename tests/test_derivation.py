@@ -167,7 +167,7 @@ def test_one_random_step_stands_for_the_sum():
 
 
 def test_the_way_back_is_the_textbooks_loop():
-    """x <- (x - beta / sqrt(1 - abar) eps) / sqrt(alpha) + sqrt(beta) z, without z at the end (algorithm 2)."""
+    """x <- (x - beta / sqrt(1 - abar) eps) / sqrt(alpha) + sqrt(beta) z, the last step without z (algorithm 2)."""
     betas = get_named_beta_schedule("linear", 40)
     diffusion = GaussianDiffusion(betas=betas, model_mean_type=ModelMeanType.EPSILON,
                                   model_var_type=ModelVarType.FIXED_LARGE, loss_type=LossType.MSE)  # fmt: skip
