@@ -173,8 +173,11 @@ def test_the_way_back_is_the_textbooks_loop():
                                   model_var_type=ModelVarType.FIXED_LARGE, loss_type=LossType.MSE)  # fmt: skip
     start = th.randn(3, 1, 4, 4, dtype=F64, generator=th.Generator().manual_seed(6))
     th.manual_seed(7)
-    ours = diffusion.p_sample_loop(lambda x, t: x.sin() * (t.double() / 40).reshape(-1, 1, 1, 1), start.shape, noise=start,
-                                   clip_denoised=False)  # fmt: skip
+
+    def net(x, t):
+        return x.sin() * (t.double() / 40).reshape(-1, 1, 1, 1)
+
+    ours = diffusion.p_sample_loop(net, start.shape, noise=start, clip_denoised=False)
     th.manual_seed(7)
     x, abars = start, np.cumprod(1 - betas)
     for t in reversed(range(40)):
