@@ -1,7 +1,10 @@
 """What studies are made of: programs run in turn, images packed for the judge, its scores; and the MNIST study."""
 
 import importlib.util
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,3 +194,19 @@ def test_the_mnist_study_says_what_it_measured(tmp_path):
     table = [line for line in lines if line.startswith("|")]
     assert table[2].startswith("| real, held out | 0.500 |") and table[3].startswith("| 2.5 | 0.500 ± 0.100 |")
     assert len(table) == 4 and "![noising.png](pictures/noising.png)" in lines
+
+
+@pytest.mark.slow
+def test_guidance_buys_obedience_with_diversity(tmp_path):
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "mnist.py"), "--out", str(tmp_path)], check=True)
+    numbers_show_it(json.loads((tmp_path / "scores.json").read_text()))
+
+
+def numbers_show_it(rows):
+    real, *rows = rows
+    assert real["scale"] is None and real["label_agreement"][0] > 0.97
+    assert [row["scale"] for row in rows] == [0, 1, 2, 4, 8]
+    agreement, spread, recall = ([row[name][0] for row in rows] for name in ("label_agreement", "spread", "recall"))
+    assert abs(agreement[0] - 0.1) < 0.04  # chance, 600 samples
+    assert agreement == sorted(agreement) and agreement[-1] > 0.98
+    assert spread == sorted(spread, reverse=True) and recall[-1] < recall[1] - 0.1
