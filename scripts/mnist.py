@@ -177,7 +177,7 @@ def main():
     if args.network != "small":
         diffunet.network_flags(args.network, args.image_size)  # refuses now what the network cannot be built for
     work = study.Study(Path(__file__).resolve().parent.parent, Path(args.out), args.seed)
-    work.begin("data", "model", "judge", "samples", "pictures")
+    work.begin("model", "judge", "samples", "pictures")
     train_data, held_out = prepare(work, args)
     model, judge = train(work, args, train_data, held_out)
     rows = score(work, args, judge, draw(work, args, model), train_data, held_out)
