@@ -209,6 +209,6 @@ def numbers_show_it(rows):
     agreement, spread, recall = ([row[name][0] for row in rows] for name in ("label_agreement", "spread", "recall"))
     assert abs(agreement[0] - 0.1) < 0.04  # chance, 600 samples
     assert agreement == sorted(agreement) and agreement[-1] > 0.98
-    # Beyond scale 4 oversaturated strokes widen the features again, so there the fall is not asked for.
+    # From scale 4 to 8 the recorded variance rises again by twice its error: there the fall is not asked for.
     assert spread[:4] == sorted(spread[:4], reverse=True) and max(spread[3:]) < 0.6 * spread[1]
     assert recall[:4] == sorted(recall[:4], reverse=True) and max(recall[3:]) < recall[1] - 0.1
