@@ -26,13 +26,14 @@ MATHEMATICS = [
 NETWORKS = ["nn", "unet"]
 MACHINERY = [
     "toy_models",
-    "config pictures image_datasets",
+    "config pictures image_datasets download",
+    "diffunet",
     "checkpoint",
     "dist_util",
     "logger",
     "fp16_util generate",
     "train_util script_util",
-    "program",
+    "program study",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library
 LIGHT = [*MATHEMATICS, *NETWORKS, "toy_models"]  # what needs no other
