@@ -23,7 +23,7 @@ MATHEMATICS = [
     "gaussian_diffusion inverse likelihood",
     "respace toy sigma",
 ]
-NETWORKS = ["nn", "unet"]
+NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
     "toy_models",
     "config pictures image_datasets",
