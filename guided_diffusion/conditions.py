@@ -18,7 +18,7 @@ NULLS = ("learned", "zero")
 
 def check(name, value, shape):
     """
-    Raise ValueError unless a condition is a tensor of floating-point numbers of this shape; None is any length.
+    Raise ValueError unless a value is a tensor of floating-point numbers of this shape; None is any length.
 
     :param name: what to call it in the error.
     """
@@ -27,7 +27,7 @@ def check(name, value, shape):
     if not fits or not value.is_floating_point():
         wanted = ",".join("any" if side is None else str(side) for side in shape)
         held = type(value).__name__ if given is None else f"{str(value.dtype).removeprefix('torch.')} {list(given)}"
-        raise ValueError(f"the condition {name} must be floats of shape [{wanted}], got {held}")
+        raise ValueError(f"{name} must be floats of shape [{wanted}], got {held}")
 
 
 def _learned(null, width):
@@ -100,7 +100,7 @@ class Vector(nn.Sequential):
 
     def forward(self, vector, batch=None):
         """batch: N, where it is known what it must be."""
-        check("vector", vector, (batch, self.size))
+        check("the condition vector", vector, (batch, self.size))
         emb = super().forward(vector.to(self[0].weight.dtype))                    # [N,width]
         if self.null_emb is None:
             return emb
@@ -125,7 +125,7 @@ class Tokens(nn.Module):
 
     def forward(self, tokens, mask=None, batch=None):
         """mask: None if all count. batch: N, where it is known what it must be."""
-        check("tokens", tokens, (batch, None, self.size))
+        check("the condition tokens", tokens, (batch, None, self.size))
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
         if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
             raise ValueError(
