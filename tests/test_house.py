@@ -26,7 +26,7 @@ MATHEMATICS = [
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
     "toy_models",
-    "config pictures image_datasets",
+    "config pictures image_datasets text",
     "checkpoint",
     "dist_util",
     "logger",
