@@ -171,6 +171,7 @@ class _Training:
     schedule_sampler: str = option("uniform", "which timesteps to train on", ("uniform", "loss-second-moment"))
     lr: float = option(1e-4, "learning rate of AdamW")
     weight_decay: float = option(0.0, "weight decay of AdamW, on every parameter")
+    beta2: float = option(0.999, "decay of AdamW's mean of squared gradients; 0.99 follows them faster")
     iterations: int = option(0, "stop after this many updates in all; 0: no such limit")
     batch_size: int = option(1, "images at once in each process")
     microbatch: int = option(-1, "images in memory at once, gradients averaged over the batch; -1: the whole batch")
@@ -522,11 +523,11 @@ def check_prompts(args, flags):
     """Raise ValueError if SampleOptions' prompts, or the lack of them, do not suit a model of these flags."""
     asked = args.prompts or args.prompt_vectors
     if asked and not flags["vector_channels"]:
-        raise ValueError("--prompts and --prompt_vectors need a model of captioned images (trained with --vector_channels)")
+        raise ValueError("--prompts and --prompt_vectors need a model of captions, trained with --vector_channels")
     if flags["vector_channels"] and not asked and not nulls(flags):
         raise ValueError(
-            "the model takes the vector of a text and, trained without --class_dropout, cannot do without: give --prompts"
-            " or --prompt_vectors"
+            "the model takes the vector of a text and, trained without --class_dropout, cannot do without: give"
+            " --prompts or --prompt_vectors"
         )
 
 

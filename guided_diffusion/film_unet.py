@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .conditions import Vector, check
-from .nn import linear, timestep_embedding
+from .nn import HalfBody, linear, timestep_embedding
 
 
 class RMSNorm(nn.Module):
-    """Features [N,C,H,W] brought to L2 norm sqrt(C) over the channels, times a learned gain."""
+    """Features [N,C,H,W] brought to L2 norm sqrt(C) over the channels, times a learned gain; float32 inside."""
 
     def __init__(self, channels):
         super().__init__()
@@ -23,7 +23,8 @@ class RMSNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x):
-        return F.normalize(x, dim=1) * self.g * self.scale
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (F.normalize(wide, dim=1) * self.g * self.scale).type(x.dtype)
 
 
 class Block(nn.Module):
@@ -53,7 +54,7 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Identity() if dim == dim_out else nn.Conv2d(dim, dim_out, 1)
 
     def forward(self, x, context):
-        modulation = self.mlp(context)[:, :, None, None].chunk(2, dim=1)          # two [N,dim_out,1,1]
+        modulation = self.mlp(context).type(x.dtype)[:, :, None, None].chunk(2, dim=1)    # two [N,dim_out,1,1]
         h = self.block2(self.dropout(self.block1(x, modulation)))
         return h + self.res_conv(x)
 
@@ -70,7 +71,7 @@ def sinusoidal(time, dim):
     return torch.cat([waves[:, half : 2 * half], waves[:, :half], waves[:, 2 * half :]], dim=1)
 
 
-class Unet(nn.Module):
+class Unet(HalfBody, nn.Module):
     """
     (x [N,channels,H,W], time [N]) and a vector [N,condition_dim] -> like x, with learn_sigma [N,2*channels,H,W].
 
@@ -124,7 +125,7 @@ class Unet(nn.Module):
         vector = kwargs.get("text_emb") if vector is None else vector
         self.check_input(x)
         context = self._context(time.expand(len(x)), vector)                      # [N,context_dim]
-        h, skips = self.init_conv(x), []
+        h, skips = self.init_conv(x.type(self.init_conv.weight.dtype)), []
         for first, second, down in self.downs:
             skips.append(first(h, context))
             skips.append(second(skips[-1], context))
@@ -135,7 +136,10 @@ class Unet(nn.Module):
             h = up(h)
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), context)
-        return self.final_conv(h)
+        return self.final_conv(h.type(self.final_conv.weight.dtype)).type(x.dtype)
+
+    def _half_modules(self):
+        return [self.init_conv, self.downs, self.mid, self.ups]
 
     def _context(self, time, vector):
         context = self.time_mlp(sinusoidal(time, self.dim))

@@ -119,7 +119,7 @@ def open_data(args, flags, data_dir, **how):
 
 def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
-    names = "batch_size microbatch lr weight_decay iterations log_interval save_interval resume_checkpoint"
+    names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed"
     return {name: getattr(args, name) for name in names.split()} | {"progress": True, "flags": flags}
 

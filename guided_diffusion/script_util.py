@@ -153,9 +153,11 @@ def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class
 
 def _film(*, image_size, num_channels, channel_mult, learn_sigma, image_channels, dropout, vector_channels, **flags):
     config.nulls(flags | {"vector_channels": vector_channels})
-    for name, remedy in (("class_cond", "give it vectors, by --vector_channels"), ("use_fp16", "leave it out")):
-        if flags[name]:
-            raise ValueError(f"--network film has no --{name} True: {remedy}, or take --network adm")
+    if flags["class_cond"]:
+        raise ValueError(
+            "--network film takes no labels (--class_cond True): give it vectors, by --vector_channels, or take"
+            " --network adm"
+        )
     model = FilmUnet(
         num_channels,
         vector_channels,

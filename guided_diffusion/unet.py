@@ -15,12 +15,11 @@ from torch import nn
 from .conditions import Label, Tokens, Vector
 from .nn import (
     GROUPS,
+    HalfBody,
     UsageError,
     avg_pool_nd,
     checkpoint,
     conv_nd,
-    convert_module_to_f16,
-    convert_module_to_f32,
     linear,
     normalization,
     timestep_embedding,
@@ -284,7 +283,7 @@ class QKVAttentionLegacy(QKVAttention):
         return rows.unflatten(1, (self.n_heads, parts, -1)).unbind(2)
 
 
-class UNetTrunk(nn.Module):
+class UNetTrunk(HalfBody, nn.Module):
     """
     What UNetModel and EncoderUNetModel share: the embeddings, the downward path and the middle.
 
@@ -448,16 +447,6 @@ class UNetTrunk(nn.Module):
 
     def _half_modules(self):
         return [self.input_blocks, self.middle_block]
-
-    def convert_to_fp16(self):
-        """Turn the convolutions of the trunk to float16; linear layers, norms, embeddings and `out` stay float32."""
-        for module in self._half_modules():
-            module.apply(convert_module_to_f16)
-
-    def convert_to_fp32(self):
-        """Undo convert_to_fp16."""
-        for module in self._half_modules():
-            module.apply(convert_module_to_f32)
 
 
 class UNetModel(UNetTrunk):

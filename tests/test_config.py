@@ -61,7 +61,7 @@ RUN = {"seed": 0, "device": "", "log_dir": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
-    "label_from": "auto",
+    "label_from": "auto", "beta2": 0.999,
 }
 DROPOUT = {"class_dropout": 0.0}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}

@@ -195,3 +195,16 @@ def test_guidance_that_cannot_be():
         model.cfg_forward(x, t, {"text_emb": vector, "cfg_scale": -1})
     with pytest.raises(ValueError, match=r"guidance needs text_emb, \[N,6\]"):
         model(x, t, {"cfg_scale": 1.0})
+
+
+def test_half_precision_in_the_body():
+    model, (x, t, vector) = small(), inputs()
+    full = model(x, t, vector=vector).detach()
+    model.convert_to_fp16()
+    assert model.init_conv.weight.dtype == model.ups[0][0][1].weight.dtype == torch.float16
+    assert model.final_conv.weight.dtype == model.mid[0].mlp[1].weight.dtype == torch.float32
+    out = model(x, t, vector=vector)
+    assert out.dtype == torch.float32 and not torch.equal(out, full)
+    torch.testing.assert_close(out, full, rtol=0, atol=0.01 * float(full.abs().max()))
+    model.convert_to_fp32()
+    assert model(x, t, vector=vector).dtype == torch.float32
