@@ -87,7 +87,7 @@ def vectors_of(texts, encoder, path):
     return text.encode(encoder, unique.tolist())[place.reshape(texts.shape)]
 
 
-def write_captions(source, out, image_size, image_channels=3, templates=None, hold_out=None, encoder="hashing:128",
+def write_captions(source, out, image_size, image_channels=3, templates=None, hold_out=None, encoder="hashing:512",
                    vectors=None):
     """
     Write the npz and return its texts [N,M].
@@ -127,7 +127,7 @@ def main():
     parser.add_argument("--image_channels", type=int, default=3, help="1 grey, 3 colour, 4 with alpha (default: 3)")
     parser.add_argument("--templates", nargs="+", help="phrasings, as 'a picture of a {class}' (default: usual ones)")
     parser.add_argument("--hold_out", nargs="*", help="phrasings to keep apart for trying the model")
-    parser.add_argument("--encoder", default="hashing:128", help="text encoder and width (default: hashing:128)")
+    parser.add_argument("--encoder", default="hashing:512", help="text encoder and width (default: hashing:512)")
     parser.add_argument("--vectors", help="npy file of the vectors of the texts, computed elsewhere, as by CLIP")
     args = parser.parse_args()
     texts = write_captions(**vars(args))

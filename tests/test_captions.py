@@ -145,7 +145,7 @@ def test_captions_of_a_labelled_folder(digits, tmp_path):
     assert (found["vectors"] == text.encode("hashing:16", [*three, *three, *seven]).reshape(3, 2, 16)).all()
     assert (found["held_out"].tolist(), found["held_out_labels"].tolist()) == (["the three", "the seven"], [0, 1])
     usual = write(digits, tmp_path / "b.npz")
-    assert "a handwritten three" in usual["texts"][0] and usual["vectors"].shape == (3, 8, 128)
+    assert "a handwritten three" in usual["texts"][0] and usual["vectors"].shape == (3, 8, 512)
     assert not set(usual["held_out"]) & set(usual["texts"].ravel()) and len(usual["held_out"]) == 6
     again = write(tmp_path / "a.npz", tmp_path / "c.npz", templates=["{class}"])  # an npz of labelled images
     assert again["texts"].tolist() == [["3"], ["3"], ["7"]] and (again["arr_0"] == found["arr_0"]).all()
