@@ -68,11 +68,12 @@ def score(judge, images, labels, reference):
 
 def save_picture(samples, columns=12):
     """Rows of samples {scale: (texts, images)} for five held-out texts, without guidance and with the most of it."""
+    columns = min(columns, *(len(images) // len(texts) for texts, images in samples.values()))
     rows, names = [], []
     for k in range(5):
         for scale in (min(samples), max(samples)):
             texts, images = samples[scale]
-            place = 6 * k + k % 3  # another digit and another phrasing each time
+            place = (6 * k + k % 3) % len(texts)  # another digit and another phrasing each time
             rows += list(images[place :: len(texts)][:columns])
             names.append(f"{texts[place]}, scale {scale:g}")
     pictures.save_grid(PICTURE, np.stack(rows), columns, row_labels=names, title="Texts that were held out")

@@ -116,15 +116,16 @@ def test_sources_without_vectors(tmp_path):
 
 
 @functools.cache
-def captions():
-    spec = importlib.util.spec_from_file_location("captions", ROOT / "datasets" / "captions.py")
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def write(source, out, **options):
-    captions().write_captions(str(source), str(out), **{"image_size": 4, "image_channels": 1, **options})
+    options = {"image_size": 4, "image_channels": 1, **options}
+    load(ROOT / "datasets" / "captions.py").write_captions(str(source), str(out), **options)
     with np.load(out, allow_pickle=False) as archive:
         return dict(archive)
 
@@ -476,3 +477,25 @@ def test_vectors_of_no_prompt_are_the_null(home):
     flags = {"vector_channels": 3, "class_cond": False, "class_dropout": 0.1}
     assert th.equal(program.vectors_of(args, flags), th.zeros(1, 3))
     assert program.vectors_of(args, flags | {"vector_channels": 0, "class_dropout": 0.0}) is None
+
+
+def test_the_benchmark_of_prompts(home, tmp_path, monkeypatch):
+    done("classifier_train", f"--data_dir {home}/data --noised False --image_size 8 --image_channels 1 --num_classes 3"
+         f" --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 --batch_size 12 --lr 1e-3"
+         f" --classifier_num_head_channels 32 --iterations 20 --num_workers 0 --log_dir {tmp_path}/judge")  # fmt: skip
+    bench = load(ROOT / "benchmarks" / "captions.py")
+    monkeypatch.setattr(bench, "OUT", tmp_path / "out.json")
+    monkeypatch.setattr(bench, "PICTURE", tmp_path / "out.png")
+    words = f"--model_path {home}/film/model000004.pt --judge {tmp_path}/judge/model000020.pt --captions {home}/a.npz"
+    monkeypatch.setattr("sys.argv", ["captions", *words.split(), "--steps", "2", "--num_samples", "18"])
+    bench.main()
+    table = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["texts"], row["scale"]) for row in table[::3]] == [("trained", 1), ("held out", 1)] and len(table) == 6
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    with np.load(home / "a.npz") as archive:
+        trained, apart = bench.phrasings(dict(archive)).values()
+    assert len(trained[0]) == 24 and ("the digit 2", 2) in zip(*trained) and ("please draw two", 2) in zip(*apart)
+    judge = bench.ClassifierExtractor(f"{tmp_path}/judge/model000020.pt")
+    with np.load(home / "a.npz") as archive:
+        scores = bench.score(judge, archive["arr_0"], archive["arr_1"], judge(archive["arr_0"]).pool)
+    assert scores["agreement"] > 0.9 and scores["precision"] == scores["recall"] == 1
