@@ -499,3 +499,19 @@ def test_the_benchmark_of_prompts(home, tmp_path, monkeypatch):
     with np.load(home / "a.npz") as archive:
         scores = bench.score(judge, archive["arr_0"], archive["arr_1"], judge(archive["arr_0"]).pool)
     assert scores["agreement"] > 0.9 and scores["precision"] == scores["recall"] == 1
+
+
+def test_a_classifier_guides_a_model_of_captions(home, tmp_path):
+    """Its gradient is told the class and not the text, the network the text and not the class."""
+    done("classifier_train", f"--data_dir {home}/data {PROCESS} --image_size 8 --image_channels 1 --num_classes 3"
+         f" --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 --batch_size 12 --lr 1e-3"
+         f" --classifier_num_head_channels 32 --iterations 2 --num_workers 0 --log_dir {tmp_path}/guide")  # fmt: skip
+    words = f"--model_path {home}/film/model000004.pt --classifier_path {tmp_path}/guide/model000002.pt {SAMPLE}"
+    words += f" --prompts {PROMPTS} --guidance_scale 2 --classes 1,0"
+    drawn = []
+    for scale in (0, 5):
+        done("classifier_sample", f"{words} --classifier_scale {scale} --log_dir {tmp_path}/{scale}")
+        with np.load(tmp_path / str(scale) / "samples_5x8x8x1.npz") as archive:
+            assert archive["arr_1"].tolist() == [1, 0, 1, 0, 1] and len(archive["texts"]) == 5
+            drawn.append(archive["arr_0"])
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() > 0.5
