@@ -57,7 +57,7 @@ class _Network(_Data):
     class_dropout: float = option(
         0.0,
         "train without the label this often, as 0.1, for classifier-free guidance: the network then has one class"
-        " more, numbered num_classes, that stands for no label",
+        " more, numbered num_classes, that stands for no label; a vector is dropped with it, zeros standing for none",
     )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "time and class scale and shift the features instead of adding to them")
@@ -71,6 +71,15 @@ class _Network(_Data):
 @dataclass
 class ModelOptions(_Network, _ImageSize):
     """network"""
+
+    network: str = option(
+        "adm",
+        "the U-Net of the paper, or film: a small one without attention that takes a vector; its widths are"
+        " --num_channels and --channel_mult (empty: 1,2,4,8), each factor halves the side, and of the other options of"
+        " the network it has --dropout and --vector_channels",
+        ("adm", "film"),
+    )
+    vector_channels: int = option(0, "width of the vector, as an embedded text, that the network takes; 0: none")
 
 
 @dataclass
@@ -162,6 +171,7 @@ class _Training:
     schedule_sampler: str = option("uniform", "which timesteps to train on", ("uniform", "loss-second-moment"))
     lr: float = option(1e-4, "learning rate of AdamW")
     weight_decay: float = option(0.0, "weight decay of AdamW, on every parameter")
+    beta2: float = option(0.999, "decay of AdamW's mean of squared gradients; 0.99 follows them faster")
     iterations: int = option(0, "stop after this many updates in all; 0: no such limit")
     batch_size: int = option(1, "images at once in each process")
     microbatch: int = option(-1, "images in memory at once, gradients averaged over the batch; -1: the whole batch")
@@ -222,6 +232,15 @@ class SampleOptions:
     steps: int = option(0, "steps that --sampler keeps, of those that --timestep_respacing leaves; 0: all")
     spacing: str = option("", "spacing of those steps: uniform, leading, trailing, quadratic, log_snr or karras")
     classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
+    prompts: tuple = option(
+        (),
+        "texts to draw in turn, each in quotes, from a model of captioned images; encoded as its captions were",
+    )
+    prompt_vectors: str = option(
+        "",
+        "npy file of vectors [P,D] to draw in turn, where the texts' vectors were computed elsewhere; as many --prompts"
+        " name them",
+    )
     grid: bool = option(True, "also write a picture of the first samples")
     guidance_scale: float = option(
         1.0,
@@ -306,12 +325,14 @@ def parse_float(text):
 
 def add_flag(parser, name, default, help=None, choices=None):
     """
-    Add --NAME VALUE, of the type of its default (None counts as text; a bare boolean flag means True), to an
-    argparse parser. What was not typed is absent from the parsed namespace unless the parser fills it in.
+    Add --NAME VALUE, of the type of its default (None counts as text; a bare boolean flag means True; a tuple takes
+    one text or more), to an argparse parser. What was not typed is absent from the parsed namespace unless the parser
+    fills it in.
     """
     kind = {bool: str2bool, int: parse_int, float: parse_float}.get(type(default), str)
-    bare = {"nargs": "?", "const": True} if kind is str2bool else {}
-    metavar = None if choices else type(default).__name__.upper() if default is not None else "STR"
+    several = isinstance(default, tuple)
+    bare = {"nargs": "?", "const": True} if kind is str2bool else {"nargs": "+"} if several else {}
+    metavar = None if choices else "STR" if default is None or several else type(default).__name__.upper()
     shown = f"{help or ''} (default: {default if str(default) else repr('')})".replace("%", "%%")
     parser.add_argument(f"--{name}", type=kind, choices=choices, metavar=metavar, help=shown, **bare)
 
@@ -351,6 +372,7 @@ def parse(description, *groups, argv=None):
         word = unknown[0].split("=")[0]
         parser.error(f"unknown flag {word}{nearest(word, [f'--{name}' for name in known])}")
     values = {name: field.default for name, field in known.items()} | vars(typed)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return argparse.Namespace(**values, explicit=set(vars(typed)))
 
 
@@ -442,9 +464,14 @@ def default_channel_mult(image_size, super_res=False):
     return (1, 2, 2, 2)[:levels]
 
 
-def levels(channel_mult, image_size, super_res=False):
-    """The width factors of the levels that --channel_mult and the image side give; ValueError as the two above."""
-    return parse_channel_mult(channel_mult) or default_channel_mult(image_size, super_res)
+def levels(channel_mult, image_size, super_res=False, film=False):
+    """
+    The width factors of the levels that --channel_mult and the image side give; ValueError as the two above.
+
+    :param film: of the network film, which has the same default for every side.
+    """
+    default = (1, 2, 4, 8) if film else None
+    return parse_channel_mult(channel_mult) or default or default_channel_mult(image_size, super_res)
 
 
 def attention_downsampling(text, image_size):
@@ -492,27 +519,45 @@ def check_classes(flags, classes):
         )
 
 
-def null_class(flags):
-    """
-    The label that stands for no label in a diffusion network of these flags, or None if it has none.
+def check_prompts(args, flags):
+    """Raise ValueError if SampleOptions' prompts, or the lack of them, do not suit a model of these flags."""
+    asked = args.prompts or args.prompt_vectors
+    if asked and not flags["vector_channels"]:
+        raise ValueError("--prompts and --prompt_vectors need a model of captions, trained with --vector_channels")
+    if flags["vector_channels"] and not asked and not nulls(flags):
+        raise ValueError(
+            "the model takes the vector of a text and, trained without --class_dropout, cannot do without: give"
+            " --prompts or --prompt_vectors"
+        )
 
-    :raises ValueError: if class_dropout is no probability below 1, or there are no labels to drop.
+
+def nulls(flags):
+    """
+    What stands for none in a diffusion network of these flags: {name of a condition: its null}, as `guidance.nulled`
+    takes it, of all its conditions, or {} if it was trained without dropping them.
+
+    :raises ValueError: if class_dropout is no probability below 1, or there are no conditions to drop.
     """
     rate = flags["class_dropout"]
     if not 0 <= rate < 1:
         raise ValueError(f"--class_dropout is how often the label is dropped, from 0 to below 1, not {rate}")
-    if rate and not flags["class_cond"]:
-        raise ValueError(f"--class_dropout {rate}: there are no labels to drop without --class_cond True")
-    return flags["num_classes"] if rate else None
+    found = {"y": flags["num_classes"]} if flags["class_cond"] else {}
+    found |= {"vector": 0.0} if flags.get("vector_channels") else {}
+    if rate and not found:
+        raise ValueError(
+            f"--class_dropout {rate}: there are no labels to drop without --class_cond True, and no vectors without"
+            " --vector_channels"
+        )
+    return found if rate else {}
 
 
 def check_guidance(args, flags):
     """Raise ValueError if SampleOptions ask a model of these flags for guidance that it cannot give."""
-    if args.guidance_scale != 1 and null_class(flags) is None and not args.guide_path:
+    if args.guidance_scale != 1 and not nulls(flags) and not args.guide_path:
         raise ValueError(
             f"--guidance_scale {args.guidance_scale}: the model was trained without --class_dropout and cannot predict"
-            " without a label: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide by"
-            " a classifier (classifier_sample.py)"
+            " without a condition: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide"
+            " by a classifier (classifier_sample.py)"
         )
     if not 0 <= args.guidance_rescale <= 1:
         raise ValueError(f"--guidance_rescale is a share from 0 to 1, not {args.guidance_rescale}")

@@ -22,6 +22,7 @@ def sample_stream(
     seed=0,
     labels=None,
     num_classes=0,
+    vectors=None,
     use_ddim=False,
     eta=0.0,
     sampler="",
@@ -39,9 +40,11 @@ def sample_stream(
     """
     Draw this rank's samples batch by batch and yield `(indices, x [n,C,H,W] in [-1,1], labels [n] or None)`.
 
-    :param model: `(x, timesteps, y=None)`; without classes it is called without y.
+    :param model: `(x, timesteps, y=None, vector=None)`; without classes it is called without y, without vectors without
+        vector.
     :param shape: of one sample, (C, H, W).
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
+    :param vectors: float [P,D], given to the samples in turn, or None.
     :param sampler, steps, spacing: as `sampling.plan` takes them, in place of use_ddim; empty or 0: the usual ones.
     :param cond_fn: guidance, `(x, timesteps, y) -> like x`, or None.
     :param guide: a function from predictor to predictor, applied before clipping, or None.
@@ -66,6 +69,8 @@ def sample_stream(
             if labels is not None:
                 y = th.tensor([labels[i] for i in indices], device=device)
             cond = {} if y is None else {"y": y}
+            if vectors is not None:
+                cond["vector"] = vectors[[i % len(vectors) for i in indices]].to(device)
             walk = sampling.sample(diffusion, predict, rule, noise.normal(*shape), noise=noise, cond=cond)
             for step, (x, pred) in enumerate(walk, 1):
                 bar.update()
@@ -97,14 +102,18 @@ def collect(stream):
     return images, None if parts[0][2] is None else np.concatenate([y for _, _, y in parts])[order].astype(np.int64)
 
 
-def save_samples(folder, images, labels=None, class_names=None, picture=True):
+def save_samples(folder, images, labels=None, class_names=None, picture=True, prompts=()):
     """
     Write samples_NxHxWxC.npz with arr_0 (uint8 [N,H,W,C]) and, with labels, arr_1; beside it a picture of some.
 
+    :param prompts: texts that the samples were drawn for in turn: `texts` [N] in the npz, the rows of the picture.
     :return: the path of the npz.
     """
     path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
     arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
+    if prompts:
+        labels, class_names = np.arange(len(images)) % len(prompts), list(prompts)
+        arrays["texts"] = np.array(class_names)[labels]
     with checkpoint.writing(path) as file:
         np.savez(file, **arrays)
     if picture:

@@ -109,7 +109,7 @@ def classifier_gradient(classifier, scale=1.0):
     :return: `(x [N, ...], t [N], y [N]) -> [N, ...]`; samples do not influence one another.
     """
 
-    def cond_fn(x, t, y=None):
+    def cond_fn(x, t, y=None, **_):
         if y is None:
             raise ValueError("classifier guidance needs the classes to ask for: pass y")
         with th.enable_grad():

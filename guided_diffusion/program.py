@@ -6,7 +6,7 @@ import os
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, logger
+from . import checkpoint, config, dist_util, guidance, logger, text
 from .generate import collect, sample_stream, save_samples
 from .image_datasets import load_data
 from .script_util import open_diffusion
@@ -47,6 +47,11 @@ def class_names(path):
     return (checkpoint.read_config(path) or {}).get("class_names") if path else None
 
 
+def text_encoder(path):
+    """The encoder of the captions that a checkpoint was trained on, or None where nothing tells."""
+    return (checkpoint.read_config(path) or {}).get("text_encoder") if path else None
+
+
 def log_network(path, flags):
     """Log what a checkpoint turned out to be: its options that are not the defaults."""
     groups = config.ModelOptions, config.ClassifierOptions, config.DiffusionOptions
@@ -67,7 +72,7 @@ def open_training_data(args, flags, class_cond):
             f"{logger.get_dir()} holds the checkpoints of a run: go on from it by --resume_checkpoint {earlier}, or "
             "choose another --log_dir"
         )
-    return open_data(
+    data = open_data(
         args,
         flags,
         args.data_dir,
@@ -75,8 +80,16 @@ def open_training_data(args, flags, class_cond):
         random_crop=args.random_crop,
         random_flip=args.random_flip,
         class_names=class_names(args.resume_checkpoint),
+        vector_channels=flags.get("vector_channels", 0),
         first_batch=checkpoint.parse_resume_step_from_filename(args.resume_checkpoint),
     )
+    known = text_encoder(args.resume_checkpoint)
+    if known and data.text_encoder != known:
+        raise ValueError(
+            f"{args.resume_checkpoint} was trained on vectors made by {known}, and those of {args.data_dir} are made by"
+            f" {data.text_encoder}: give data with vectors of the same kind"
+        )
+    return data
 
 
 def open_data(args, flags, data_dir, **how):
@@ -106,7 +119,7 @@ def open_data(args, flags, data_dir, **how):
 
 def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
-    names = "batch_size microbatch lr weight_decay iterations log_interval save_interval resume_checkpoint"
+    names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed"
     return {name: getattr(args, name) for name in names.split()} | {"progress": True, "flags": flags}
 
@@ -141,22 +154,51 @@ def guide_of(args, flags, diffusion):
         if worse:
             guided = guidance.mix(predict, worse, **how)
         else:
-            null = {"y": config.null_class(flags)}
-            guided = guidance.classifier_free(predict, null, batched=args.guidance_batched, **how)
+            guided = guidance.classifier_free(predict, config.nulls(flags), batched=args.guidance_batched, **how)
         return guidance.interval(guided, predict, first, last) if args.guidance_interval else guided
 
     return guide
+
+
+def vectors_of(args, flags):
+    """
+    The vectors that SampleOptions ask a model of these flags for, float32 [P,D]: of its prompts, or of the file, or one
+    of zeros, which stands for none; None if it takes none.
+
+    :raises ValueError: if they cannot be had, or do not fit the model.
+    """
+    config.check_prompts(args, flags)
+    size = flags["vector_channels"]
+    if not size:
+        return None
+    if args.prompt_vectors:
+        vectors = text.read_vectors(args.prompt_vectors)
+        if vectors.shape != (len(vectors), size):
+            raise ValueError(f"{args.prompt_vectors} holds vectors {list(vectors.shape)}; the model takes [P,{size}]")
+        if len(args.prompts) not in (0, len(vectors)):
+            raise ValueError(
+                f"{args.prompt_vectors} holds {len(vectors)} vectors, and there are {len(args.prompts)} --prompts to"
+                " name them: give as many, or none"
+            )
+        return th.from_numpy(vectors)
+    if not args.prompts:
+        return th.zeros(1, size)
+    encoder = text_encoder(args.model_path)
+    if not encoder:
+        raise ValueError(f"nothing beside {args.model_path} tells how its texts were encoded: give --prompt_vectors")
+    return th.from_numpy(text.encode(encoder, args.prompts))
 
 
 def worse_model(args, flags):
     """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
     explicit = {"timestep_respacing": flags["timestep_respacing"]}
     network, diffusion, its_flags = open_diffusion(args.guide_path, explicit, dist_util.dev())
-    for name in ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "class_cond", "num_classes"):
+    names = "image_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"
+    for name in names.split():
         if flags[name] != its_flags[name]:
             raise ValueError(
                 f"--guide_path: the model has {name} {flags[name]} and {args.guide_path} has {its_flags[name]}: only a"
-                " model of the same images, noise and classes can guide"
+                " model of the same images, noise and conditions can guide"
             )
     return diffusion.predictor(network, clip_denoised=False)
 
@@ -175,6 +217,7 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
         seed=args.seed,
         labels=labels,
         num_classes=num_classes,
+        vectors=vectors_of(args, flags),
         use_ddim=args.use_ddim,
         eta=args.eta,
         sampler=args.sampler,
@@ -190,5 +233,5 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     )
     result = collect(stream)
     if result is not None:
-        logger.log(f"samples: {save_samples(folder, *result, names, args.grid)}")
+        logger.log(f"samples: {save_samples(folder, *result, names, args.grid, args.prompts)}")
     dist_util.barrier()

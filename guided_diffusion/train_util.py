@@ -93,6 +93,7 @@ class Trainer:
     :param task: what to train; see `DiffusionTask`.
     :param data: iterator of (x0 [N,C,H,W], cond dict).
     :param batch_size: images a step in each process; `microbatch` of them at a time are in memory (-1: all).
+    :param beta2: decay of AdamW's mean of squared gradients.
     :param ema_rates: decay of each averaged copy of the weights.
     :param ema_warmup: limit the decay to (1 + step) / (10 + step), so that early averages forget the random start.
     :param iterations: stop after so many updates in all (0: no such limit).
@@ -116,6 +117,7 @@ class Trainer:
         microbatch=-1,
         lr=1e-4,
         weight_decay=0.0,
+        beta2=0.999,
         ema_rates=(),
         ema_warmup=True,
         iterations=0,
@@ -144,7 +146,10 @@ class Trainer:
         self.task, self.data = task, data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
+        if not 0 <= beta2 < 1:
+            raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {beta2}")
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
+        self.betas = 0.9, beta2
         self.total = min([steps for steps in (iterations, lr_anneal_steps) if steps > 0], default=0)
         self.ema_rates, self.ema_warmup = list(ema_rates), ema_warmup
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
@@ -164,7 +169,7 @@ class Trainer:
             initial_lg_loss_scale=initial_lg_loss_scale,
             grad_clip=grad_clip,
         )
-        self.opt = th.optim.AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self.opt = th.optim.AdamW(self.mp_trainer.master_params, lr=lr, betas=self.betas, weight_decay=weight_decay)
         self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.ema_rates]
         if resume_checkpoint:
             self._load_companions(resume_checkpoint)
@@ -295,7 +300,7 @@ class Trainer:
     def _set_lr(self):
         share = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
         for group in self.opt.param_groups:  # as asked for now, whatever a resumed optimizer remembers
-            group.update(lr=self.lr * (1 - share), weight_decay=self.weight_decay)
+            group.update(lr=self.lr * (1 - share), weight_decay=self.weight_decay, betas=self.betas)
 
     def _update_ema(self):
         ceiling = self.step / (9 + self.step) if self.ema_warmup else 1.0

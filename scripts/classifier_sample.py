@@ -27,8 +27,8 @@ def main():
     program.log_network(args.model_path, flags)
     program.log_network(args.classifier_path, classifier_flags)
 
-    def model_fn(x, t, y=None):
-        return model(x, t, y if flags["class_cond"] else None)
+    def model_fn(x, t, y=None, **cond):
+        return model(x, t, y if flags["class_cond"] else None, **cond)
 
     # Without guidance the classifier need not run; its labels are drawn and saved all the same.
     cond_fn = classifier_gradient(classifier, args.classifier_scale) if args.classifier_scale else None

@@ -14,8 +14,8 @@ def main():
     device, folder = program.start(args)
     flags = program.network_flags(args, args.resume_checkpoint, ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
-    null = config.null_class(flags)
-    drop = None if null is None else partial(guidance.dropped, null={"y": null}, rate=flags["class_dropout"])
+    null = config.nulls(flags)
+    drop = partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
     data = program.open_training_data(args, flags, flags["class_cond"])
     loop = TrainLoop(
         model=model.to(device),
@@ -31,7 +31,8 @@ def main():
         **program.loop_options(args, flags),
     )
     if dist_util.is_main():  # only now is it known that all options fit
-        checkpoint.write_config(folder, "diffusion", flags, class_names=data.class_names)
+        texts = {"text_encoder": data.text_encoder} if data.text_encoder else {}
+        checkpoint.write_config(folder, "diffusion", flags, class_names=data.class_names, **texts)
     loop.run_loop()
 
 

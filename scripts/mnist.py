@@ -128,7 +128,7 @@ def draw_pictures(work, args, model_path, rows):
     study.save_noising(folder / "noising.png", full, images)
     model, diffusion, flags = open_diffusion(str(model_path), {"timestep_respacing": str(args.steps)})
     middle = sorted(row["scale"] for row in rows[1:])[(len(rows) - 1) // 2]
-    null = {"y": config.null_class(flags)}
+    null = config.nulls(flags)
     study.save_reverse_process(
         folder / "sampling.png", diffusion, model, args.image_size, f"After so many steps (guidance scale {middle:g})",
         work.seed, guide=lambda predict: guidance.classifier_free(predict, null, middle),

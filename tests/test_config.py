@@ -61,13 +61,14 @@ RUN = {"seed": 0, "device": "", "log_dir": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
-    "label_from": "auto",
+    "label_from": "auto", "beta2": 0.999,
 }
-MORE_MODEL = {"class_dropout": 0.0}
+DROPOUT = {"class_dropout": 0.0}
+MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
     "classes": "", "grid": True, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
     "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
-    "guide_path": "", "guidance_interval": "",
+    "guide_path": "", "guidance_interval": "", "prompts": (), "prompt_vectors": "",
 }
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
 
@@ -100,7 +101,7 @@ PROGRAMS = {
         (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
         TRAIN | SUPER_RES | DIFFUSION,
         34,
-        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True}
+        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True}
         | {"channel_mult": "", "use_new_attention_order": False},
     ),
 }
@@ -164,18 +165,19 @@ def test_values_have_the_type_of_the_default():
     args = sample_args(
         "--num_samples", "1e5", "--batch_size=100_000", "--dropout", "1e-1", "--class_cond", "true",
         "--use_scale_shift_norm", "f", "--use_ddim", "--attention_resolutions", "32,16", "--num_heads_upsample", "-1",
-        "--classes", "",
+        "--classes", "", "--prompts", "a three", "the digit 7",
     )
     assert (args.num_samples, type(args.num_samples)) == (100000, int)
     assert (args.batch_size, args.dropout, args.num_heads_upsample) == (100000, 0.1, -1)
     assert (args.class_cond, args.use_scale_shift_norm, args.use_ddim) == (True, False, True)
     assert (args.attention_resolutions, args.classes) == ("32,16", "")
+    assert args.prompts == ("a three", "the digit 7")
     assert args.explicit == {
         "num_samples", "batch_size", "dropout", "class_cond", "use_scale_shift_norm", "use_ddim",
-        "attention_resolutions", "num_heads_upsample", "classes",
+        "attention_resolutions", "num_heads_upsample", "classes", "prompts",
     }
     assert config.explicit_flags(args)["num_samples"] == 100000
-    assert len(config.explicit_flags(args)) == 9
+    assert len(config.explicit_flags(args)) == 10
 
 
 def test_a_default_that_is_typed_is_explicit():

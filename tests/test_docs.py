@@ -86,7 +86,7 @@ def test_the_demo_and_every_command_of_the_readme(clone):
         else:
             shell(tiny(command), clone)
             ran += 1
-    assert ran == 13
+    assert ran == 14
     assert (clone / "runs/digits/model000004.pt").exists()  # resumed at 2 and gone on to 4
     assert (clone / "runs/digits_guided/samples_6x8x8x1.npz").exists()
     assert (clone / "runs/digits_mpi/model000002.pt").exists() and (clone / "runs/demo/scale_3.json").exists()
@@ -101,6 +101,12 @@ def test_every_command_of_the_mnist_page(clone):
         assert len(pictures) == 7 and all((clone / name / picture).stat().st_size > 3000 for picture in pictures)
         assert len(re.findall(r"^\| (real, held out|2) \|", report, re.MULTILINE)) == 2
     assert (clone / "runs/diffunet_samples/samples_32x32x32x1.npz").exists()
+
+
+def test_every_command_of_the_page_on_captions(clone):
+    for command in commands(ROOT / "docs" / "captions.md"):
+        shell(tiny(command), clone)
+    assert (clone / "runs/prompts/samples_6x8x8x1.npz").exists()
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -134,8 +140,9 @@ def test_every_flag_that_the_docs_name_exists():
 
     known = {field.name for group in vars(config).values() if dataclasses.is_dataclass(group)
              for field in dataclasses.fields(group)}  # fmt: skip
-    foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device"}
-    foreign |= {"source", "fashion", "data", "network", "scales", "seeds"}
+    foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
+               "source", "fashion", "data", "network", "scales", "seeds",
+               "templates", "hold_out", "vectors", "encoder", "judge"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_]+)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -23,10 +23,10 @@ MATHEMATICS = [
     "gaussian_diffusion inverse likelihood",
     "respace toy sigma",
 ]
-NETWORKS = ["nn", "unet"]
+NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
     "toy_models",
-    "config pictures image_datasets download",
+    "config pictures image_datasets download text",
     "diffunet",
     "checkpoint",
     "dist_util",

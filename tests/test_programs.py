@@ -902,7 +902,7 @@ def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):
     monkeypatch.setattr(train_util.Trainer, "run_loop", lambda self: loops.append(self))
     data = f"--data_dir {pets}/train {TRAIN}"
     done("image_train", f"{data} {NET} --use_fp16 --fp16_scale_growth 0.5 --ema_warmup False --ema_rate 0.5"
-         f" --grad_clip 2 --max_bad_steps 7 --lr_anneal_steps 9 --weight_decay 0.25 --microbatch 3"
+         f" --grad_clip 2 --max_bad_steps 7 --lr_anneal_steps 9 --weight_decay 0.25 --microbatch 3 --beta2 0.75"
          f" --log_dir {tmp_path}/a")  # fmt: skip
     done("classifier_train", f"{data} {CLASSIFIER} --num_classes 3 --classifier_use_fp16 --anneal_lr"
          f" --iterations 6 --schedule_sampler loss-second-moment --log_dir {tmp_path}/b")  # fmt: skip
@@ -910,6 +910,7 @@ def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):
     assert model.mp_trainer.use_fp16 and model.mp_trainer.fp16_scale_growth == 0.5 and model.mp_trainer.grad_clip == 2
     assert (model.ema_warmup, model.ema_rates, model.max_bad_steps, model.microbatch) == (False, [0.5], 7, 3)
     assert (model.lr_anneal_steps, model.total, model.weight_decay) == (9, 9, 0.25)
+    assert model.opt.param_groups[0]["betas"] == (0.9, 0.75)
     assert guide.mp_trainer.use_fp16 and guide.mp_trainer.lg_loss_scale == 16
     assert (guide.lr_anneal_steps, guide.total) == (6, 6)
     assert type(guide.task.schedule_sampler).__name__ == "LossSecondMomentResampler"
