@@ -242,14 +242,47 @@ class SampleOptions:
     guidance_rescale: float = option(
         0.0, "how far, from 0 to 1, guided predictions are brought back to the contrast of the conditional ones"
     )
+    guidance_projected: float = option(
+        1.0,
+        "share, from 0 to 1, that is kept of what guidance adds along the conditional prediction, which saturates"
+        " images (APG); 1: all",
+    )
+    dynamic_threshold: float = option(
+        0.0,
+        "quantile, as 0.995, of each predicted image's absolute values at which it is clipped and then scaled down to"
+        " the range of pixels; 0: clip at that range",
+    )
 
 
 @dataclass
 class ClassifierSampleOptions(SampleOptions):
     """sampling"""
 
-    classifier_path: str = option("", "checkpoint of the noise-aware classifier")
+    classifier_path: str = option(
+        "", "checkpoint of the noise-aware classifier; of several, with commas between, the gradients are added"
+    )
     classifier_scale: float = option(1.0, "strength of the classifier's guidance; 0: none")
+    classifier_scale_end: str = option(
+        "", "strength at the last step, reached from --classifier_scale in even changes; empty: the same"
+    )
+    classifier_marginal: float = option(
+        1.0, "weight of the marginal density in log p(y|x) = log p(x,y) - log p(x); 0: only the joint density pulls"
+    )
+    classifier_normalize: float = option(
+        0.0, "L2 norm that each image's gradient is given before --classifier_scale multiplies it; 0: as it comes"
+    )
+    classifier_interval: str = option(
+        "", "noise levels sigma between which the classifier guides, as 0.2,5; empty: all"
+    )
+    classifier_every: int = option(
+        1, "guide at every so many steps only, with so much less work; that times the scale keeps the strength"
+    )
+    guidance_at: str = option(
+        "x_t",
+        "where the classifier's gradient is taken: at the noisy image, as the published scales assume, or at the mean"
+        " of the next one, as the derivation has it (ancestral sampling only)",
+        ("x_t", "mean"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- flags from options
@@ -514,11 +547,60 @@ def check_guidance(args, flags):
             " without a label: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide by"
             " a classifier (classifier_sample.py)"
         )
-    if not 0 <= args.guidance_rescale <= 1:
-        raise ValueError(f"--guidance_rescale is a share from 0 to 1, not {args.guidance_rescale}")
-    for name in ("guide_path", "guidance_interval", "guidance_rescale"):
-        if args.guidance_scale == 1 and getattr(args, name):
+    for name in ("guidance_rescale", "guidance_projected", "dynamic_threshold"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
+    if args.guidance_rescale and args.guidance_projected != 1:
+        raise ValueError(
+            f"--guidance_rescale {args.guidance_rescale} and --guidance_projected {args.guidance_projected} are two"
+            " rules for the same thing: drop one of them"
+        )
+    for name in ("guide_path", "guidance_interval", "guidance_rescale", "guidance_projected"):
+        if args.guidance_scale == 1 and getattr(args, name) != getattr(SampleOptions, name):
             raise ValueError(f"--{name} has no effect at --guidance_scale 1: give another scale, as 2")
+
+
+# Samplers whose step looks at one prediction only.
+ONE_PREDICTION = ("ddpm", "ddim", "dpm_1", "euler", "euler_ancestral")
+
+
+def check_classifier_guidance(args):
+    """
+    Raise ValueError if ClassifierSampleOptions contradict one another or are out of range.
+
+    :return: (the strength at the first step, that at the last).
+    """
+    start, end = args.classifier_scale, classifier_scale_end(args)
+    sampler = args.sampler or ("ddim" if args.use_ddim else "ddpm")
+    if args.guidance_at == "mean" and sampler != "ddpm":
+        raise ValueError(
+            f"--guidance_at mean: {sampler} takes its step from the score and has no mean to guide at, only ancestral"
+            " sampling has (--sampler ddpm): keep x_t"
+        )
+    if args.classifier_every < 1:
+        raise ValueError(f"--classifier_every must be 1 or more, not {args.classifier_every}")
+    if args.classifier_every > 1 and sampler not in ONE_PREDICTION:
+        raise ValueError(
+            f"--classifier_every {args.classifier_every}: {sampler} compares the predictions of several rows, and would"
+            f" take guidance that comes and goes for their slope: keep 1, or use {', '.join(ONE_PREDICTION)}"
+        )
+    for name in ("classifier_normalize", "classifier_marginal"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}")
+    parse_interval(args.classifier_interval)
+    how = "classifier_marginal", "classifier_normalize", "classifier_interval", "classifier_every", "guidance_at"
+    for name in how:
+        if not (start or end) and getattr(args, name) != getattr(ClassifierSampleOptions, name):
+            raise ValueError(f"--{name} has no effect at --classifier_scale 0: give another scale, as 1")
+    return start, end
+
+
+def classifier_scale_end(args):
+    """--classifier_scale_end as a number; where it is empty, --classifier_scale. Raises ValueError for other text."""
+    try:
+        return parse_float(args.classifier_scale_end) if args.classifier_scale_end else args.classifier_scale
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--classifier_scale_end: {error}") from None
 
 
 def parse_interval(text):

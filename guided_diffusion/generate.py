@@ -12,6 +12,22 @@ import torch as th
 from . import checkpoint, dist_util, pictures, sampling
 
 
+def planned(diffusion, use_ddim=False, eta=0.0, sampler="", steps=0, spacing=""):
+    """
+    The walk that options ask for: (step rule, the process with the rows that it keeps).
+
+    :param sampler, steps, spacing: as `sampling.plan` takes them, in place of use_ddim; empty or 0: the usual ones.
+    :raises ValueError: as `sampling.plan`, and for steps or spacing without a sampler.
+    """
+    if sampler:
+        options = {"eta": eta} if eta else {}
+        rule, rows = sampling.plan(diffusion, sampler, steps or None, spacing or None, **options)
+        return rule, diffusion.spaced(rows)
+    if steps or spacing:
+        raise ValueError("steps and spacing belong to a sampler: name one by --sampler, or use --timestep_respacing")
+    return partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm, diffusion
+
+
 def sample_stream(
     diffusion,
     model,
@@ -22,19 +38,18 @@ def sample_stream(
     seed=0,
     labels=None,
     num_classes=0,
-    use_ddim=False,
-    eta=0.0,
-    sampler="",
-    steps=0,
-    spacing="",
+    rule=None,
     clip_denoised=True,
+    denoised_fn=None,
     cond_fn=None,
     guide=None,
+    steer=None,
     device="cpu",
     rank=0,
     num_ranks=1,
     progress=False,
     on_step=None,
+    **walk,
 ):
     """
     Draw this rank's samples batch by batch and yield `(indices, x [n,C,H,W] in [-1,1], labels [n] or None)`.
@@ -42,21 +57,17 @@ def sample_stream(
     :param model: `(x, timesteps, y=None)`; without classes it is called without y.
     :param shape: of one sample, (C, H, W).
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
-    :param sampler, steps, spacing: as `sampling.plan` takes them, in place of use_ddim; empty or 0: the usual ones.
-    :param cond_fn: guidance, `(x, timesteps, y) -> like x`, or None.
-    :param guide: a function from predictor to predictor, applied before clipping, or None.
+    :param rule: a step rule, which walks all rows of the process; None: what `planned` makes of `walk`.
+    :param denoised_fn, cond_fn, guide, steer: as `GaussianDiffusion.predictor` takes them; rows are those of the walk.
+    :param walk: use_ddim, eta, sampler, steps, spacing.
     :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
     :raises ValueError: for no samples or no batch.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be 1 or more, not {num_samples} and {batch_size}")
-    rule = partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm
-    if sampler:
-        rule, rows = sampling.plan(diffusion, sampler, steps or None, spacing or None, **({"eta": eta} if eta else {}))
-        diffusion = diffusion.spaced(rows)
-    elif steps or spacing:
-        raise ValueError("steps and spacing belong to a sampler: name one by --sampler, or use --timestep_respacing")
-    predict = diffusion.predictor(model, clip_denoised, cond_fn=cond_fn, guide=guide)
+    if rule is None:
+        rule, diffusion = planned(diffusion, **walk)
+    predict = diffusion.predictor(model, clip_denoised, denoised_fn, cond_fn, guide, steer)
     mine = range(rank, num_samples, num_ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     with _bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
@@ -66,8 +77,8 @@ def sample_stream(
             if labels is not None:
                 y = th.tensor([labels[i] for i in indices], device=device)
             cond = {} if y is None else {"y": y}
-            walk = sampling.sample(diffusion, predict, rule, noise.normal(*shape), noise=noise, cond=cond)
-            for step, (x, pred) in enumerate(walk, 1):
+            steps = sampling.sample(diffusion, predict, rule, noise.normal(*shape), noise=noise, cond=cond)
+            for step, (x, pred) in enumerate(steps, 1):
                 bar.update()
                 if on_step:
                     on_step(indices, diffusion.num_timesteps - step, x, pred)

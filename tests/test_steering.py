@@ -1,15 +1,20 @@
 """A classifier's guidance from the command line, its joint and conditional scales, and what it costs on a GPU."""
 
 import math
+import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch as th
 from test_guidance import F64, SMALL, at, run
+from test_programs import done, edited, refused, samples
 
-from guided_diffusion import guidance, prediction, sampling, toy
+from guided_diffusion import config, generate, guidance, prediction, sampling, toy
 from guided_diffusion.guidance import classifier_gradient, classifier_guided
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import space_timesteps
+from guided_diffusion.script_util import create_gaussian_diffusion, open_classifier, open_diffusion
 
 
 def process(respacing="50"):
@@ -164,3 +169,236 @@ def test_the_row_that_the_host_knows_is_the_one_in_the_tensor():
         if not sampler.stochastic:
             list(sampling.sample(p, watched, rule, th.zeros(2, 2, dtype=F64), rows=range(19), upward=True))
             assert all(row == a == b for row, (a, b) in seen), name
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+NET = ("--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1 --num_classes 3"
+       " --attention_resolutions 4 --noise_schedule cosine")  # fmt: skip
+CLASSIFIER = ("--image_size 8 --image_channels 1 --num_classes 3 --classifier_width 32 --classifier_depth 1"
+              " --classifier_channel_mult 1 --classifier_attention_resolutions 4 --classifier_num_head_channels 16"
+              " --noise_schedule cosine")  # fmt: skip
+TRAIN = "--batch_size 12 --lr 1e-2 --log_interval 1 --random_flip False --num_workers 0"
+SAMPLE = "--num_samples 6 --batch_size 6 --classes all --grid False"
+SIGMAS = [0.0064, 0.33, 0.73, 1.38, 3.1, 20000]  # of 6 rows
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Three classes of brightness; a model that knows a null class, another worse one; two classifiers."""
+    folder = tmp_path_factory.mktemp("home")
+    y = np.arange(24) % 3
+    noise = np.random.default_rng(0).integers(0, 40, (24, 8, 8, 1))
+    np.savez(folder / "data.npz", arr_0=(y[:, None, None, None] * 100 + noise).astype(np.uint8), arr_1=y)
+    words = f"--data_dir {folder}/data.npz {TRAIN}"
+    for name, steps in (("free", 30), ("worse", 1)):
+        done("image_train", f"{words} {NET} --class_cond True --class_dropout 0.3 --ema_rate 0.9 --iterations {steps}"
+             f" --log_dir {folder}/{name}")  # fmt: skip
+    for name, seed in (("a", 0), ("b", 1)):
+        done("classifier_train", f"{words} {CLASSIFIER} --iterations 6 --seed {seed} --log_dir {folder}/{name}")
+    return folder
+
+
+def path(home, name):
+    return home / name / {"free": "model000030.pt", "worse": "model000001.pt"}.get(name, "model000006.pt")
+
+
+@pytest.fixture
+def steer(home, tmp_path):
+    """classifier_sample.py: int [6,8,8,1] of the words; by classifier a unless they say otherwise."""
+    def draw(words="", classifier="{a}"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        classifier = classifier.format(**{name: path(home, name) for name in "ab"})
+        respacing = "" if "--steps" in words else "--timestep_respacing 6"
+        done("classifier_sample", f"--model_path {path(home, 'free')} --classifier_path {classifier} {SAMPLE}"
+             f" {respacing} {words} --log_dir {tmp_path}/out")  # fmt: skip
+        return samples(tmp_path / "out")[1].astype(int)
+
+    return draw
+
+
+def by_hand(home, rule, gradient):
+    """Samples of the same seed with a gradient `(x, row, y, classifiers, mean, x_0) -> like x` of the prediction."""
+    network, diffusion, _ = open_diffusion(path(home, "free"), {"timestep_respacing": "6"})
+    nets = [open_classifier(path(home, name))[0] for name in "ab"]
+
+    def slope(net, x, row, y, marginal=1.0):
+        with th.enable_grad():
+            x = x.detach().requires_grad_(True)
+            logits = net(x, th.full((6,), diffusion.timestep_map[row]))
+            value = logits.gather(1, y[:, None]).sum() - marginal * logits.logsumexp(1).sum()
+            return th.autograd.grad(value, x)[0]
+
+    plain = diffusion.predictor(network)
+
+    def guided(x, t, y):
+        pred = plain(x, t, y=y)
+        mean = diffusion.q_posterior_mean_variance(pred.x0, x, t)[0]
+        return replace(pred, grad=gradient(x, int(t[0]), y, nets, mean, slope))
+
+    noise = sampling.SeededNoise(0, range(6))
+    y = noise.integers(3) * 0 + th.arange(6) % 3
+    x = run(diffusion, guided, noise.normal(1, 8, 8), rule, noise=noise, y=y)
+    return generate.pictures.to_uint8(x).numpy().astype(int)
+
+
+@pytest.mark.parametrize("walk", ["", "--use_ddim True", "--sampler dpmpp_2m"])
+def test_flags_that_change_nothing_change_nothing(steer, walk):
+    """Every second, wide, constant or unit setting is the plain guidance, bit for bit; no interval is scale 0."""
+    plain = steer(f"{walk} --classifier_scale 20")
+    words = ("--classifier_every 1 --classifier_interval 0,1e6 --classifier_scale_end 20 --classifier_marginal 1"
+             " --guidance_at x_t")  # fmt: skip
+    assert (steer(f"{walk} --classifier_scale 20 {words}") == plain).all()
+    none = steer(f"{walk} --classifier_scale 0")
+    assert (steer(f"{walk} --classifier_scale 20 --classifier_interval 0.4,0.5") == none).all()
+    assert np.abs(plain - none).mean() > 0.5
+
+
+def test_two_equal_classifiers_are_one_of_double_scale(steer, home):
+    twice = steer("--classifier_scale 10", "{a},{a}")
+    assert (twice == steer("--classifier_scale 20")).all()
+    both = steer("--classifier_scale 10", "{a},{b}")
+    known = by_hand(home, sampling.ddpm, lambda x, row, y, nets, mean, slope: 10 * sum(slope(net, x, row, y)
+                                                                                       for net in nets))  # fmt: skip
+    assert np.abs(both - known).max() <= 1 and np.abs(both - twice).mean() > 0.1
+
+
+def unit(gradient):
+    return gradient / gradient.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+
+
+GRADIENTS = {
+    "--classifier_scale 20 --classifier_every 2":
+        lambda x, row, y, nets, mean, slope: 20 * slope(nets[0], x, row, y) if row in (0, 2, 4) else 0 * x,
+    "--classifier_scale 20 --classifier_interval 0.3,2":
+        lambda x, row, y, nets, mean, slope: 20 * slope(nets[0], x, row, y) if row in (1, 2, 3) else 0 * x,
+    "--classifier_scale 20 --classifier_marginal 0.25":
+        lambda x, row, y, nets, mean, slope: 20 * slope(nets[0], x, row, y, 0.25),
+    "--classifier_scale 2 --classifier_normalize 3":
+        lambda x, row, y, nets, mean, slope: 6 * unit(slope(nets[0], x, row, y)),
+    "--classifier_scale 40 --classifier_scale_end 10":
+        lambda x, row, y, nets, mean, slope: (10 + 6 * row) * slope(nets[0], x, row, y),
+    "--classifier_scale 0 --classifier_scale_end 60 --classifier_every 2 --classifier_interval 0.2,1":  # 36 at row 2
+        lambda x, row, y, nets, mean, slope: 36 * slope(nets[0], x, row, y) if row == 2 else 0 * x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", GRADIENTS)
+@pytest.mark.parametrize("walk", ["", "--use_ddim True"])
+def test_flags_of_the_gradient_against_the_gradient_written_out(steer, home, words, walk):
+    rule = sampling.ddim if walk else sampling.ddpm
+    drawn = steer(f"{walk} {words}")
+    assert np.abs(drawn - by_hand(home, rule, GRADIENTS[words])).max() <= 1
+    assert np.abs(drawn - steer(f"{walk} --classifier_scale 0")).max() > 3
+
+
+def test_guidance_at_the_mean(steer, home):
+    def gradient(x, row, y, nets, mean, slope):
+        return 20 * slope(nets[0], mean, max(row - 1, 0), y)
+
+    drawn = steer("--classifier_scale 20 --guidance_at mean")
+    assert np.abs(drawn - by_hand(home, sampling.ddpm, gradient)).max() <= 1
+    assert np.abs(drawn - steer("--classifier_scale 20")).mean() > 0.1
+
+
+@pytest.mark.parametrize("words, pattern", [
+    ("--guidance_at mean --use_ddim True", "ddim takes its step from the score .*--sampler ddpm"),
+    ("--guidance_at mean --sampler dpmpp_2m_sde", "dpmpp_2m_sde takes its step from the score"),
+    ("--guidance_at middle", "invalid choice: 'middle' .*x_t.*mean"),
+    ("--classifier_every 0", "--classifier_every must be 1 or more, not 0"),
+    ("--classifier_every 2 --sampler heun", "--classifier_every 2: heun compares .*ddpm, ddim, dpm_1"),
+    ("--classifier_interval 2,1", "cannot read the interval '2,1'"),
+    ("--classifier_normalize -1", "--classifier_normalize must be 0 or more, not -1"),
+    ("--classifier_marginal -0.5", "--classifier_marginal must be 0 or more, not -0.5"),
+    ("--classifier_scale_end more", "--classifier_scale_end: number expected, got 'more'"),
+    ("--classifier_scale_end nan", "--classifier_scale_end: number expected, got 'nan'"),
+    ("--classifier_scale 0 --classifier_every 2", "--classifier_every has no effect at --classifier_scale 0"),
+    ("--classifier_scale 0 --classifier_normalize 2", "--classifier_normalize has no effect at --classifier_scale 0"),
+    ("--classifier_path {a},{other}", "other.* tells 3 classes .*'x', 'y', 'z'.*the one before it 3 .*'0', '1', '2'"),
+    ("--classifier_path {a},{linear}", "noise_schedule cosine and the classifier noise_schedule linear .*linear/mod"),
+    ("--classifier_path {a},", "no checkpoint given"),
+    ("--dynamic_threshold 1.5", "--dynamic_threshold is a share from 0 to 1, not 1.5"),
+    ("--guidance_projected -1 --guidance_scale 2", "--guidance_projected is a share from 0 to 1, not -1"),
+    ("--guidance_projected 0", "--guidance_projected has no effect at --guidance_scale 1"),
+    ("--guidance_projected 0 --guidance_rescale 0.5 --guidance_scale 2", "two rules for the same thing"),
+])  # fmt: skip
+def test_steering_that_cannot_be_is_refused(home, tmp_path, words, pattern):
+    model = home / "free"
+    paths = {"a": path(home, "a")}
+    for name, flags in (("other", {"class_names": ["x", "y", "z"]}), ("linear", {"noise_schedule": "linear"})):
+        if name in words:
+            paths[name] = edited(home / "a", tmp_path / name, **flags) / "model000006.pt"
+            model = edited(home / "free", tmp_path / "model", class_names=None)
+    words = words.format(**paths)
+    words = words if "--classifier_path" in words else f"--classifier_path {path(home, 'a')} {words}"
+    refused("classifier_sample", f"--model_path {model}/model000030.pt {SAMPLE} {words} --log_dir {tmp_path}", pattern)
+
+
+# ------------------------------------------------------------------------------------- guidance of the model by itself
+
+
+def draw(home, folder, words):
+    done("image_sample", f"--model_path {path(home, 'free')} {SAMPLE} {words} --log_dir {folder}")
+    return samples(folder)[1].astype(int)
+
+
+@pytest.mark.parametrize("words", [
+    "--guidance_scale 3", "--guidance_scale 3 --guidance_interval 0.5,2", "--guidance_scale 3 --guidance_rescale 0.7",
+    "--guidance_scale 3 --guidance_projected 0", "--guidance_scale 2 --guide_path {worse}",
+])  # fmt: skip
+def test_guidance_knows_the_rows_that_a_sampler_keeps(home, tmp_path, words):
+    """--steps of a sampler or the original's respacing: the same rows, so the same samples."""
+    words = words.format(worse=path(home, "worse"))
+    respaced = draw(home, tmp_path / "a", f"{words} --timestep_respacing 6 --sampler ddim")
+    kept = draw(home, tmp_path / "b", f"{words} --sampler ddim --steps 6 --spacing uniform")
+    assert (respaced == kept).all()
+    assert np.abs(kept - draw(home, tmp_path / "c", "--timestep_respacing 6 --sampler ddim")).mean() > 0.5
+
+
+def test_a_classifier_guides_at_the_rows_that_a_sampler_keeps(steer):
+    words = "--classifier_scale 20 --classifier_scale_end 5 --classifier_interval 0.5,2 --sampler ddim"
+    assert (steer(words) == steer(f"{words} --steps 6 --spacing uniform")).all()
+
+
+@pytest.mark.parametrize("words, how", [
+    ("--guidance_scale 4 --guidance_projected 0.3", {"projected": 0.3}),
+    ("--guidance_scale 4 --dynamic_threshold 0.8", {"quantile": 0.8}),
+    ("--guidance_scale 4 --dynamic_threshold 0.8 --clip_denoised False", {"quantile": 0.8, "clip": False}),
+    ("--guidance_scale 4 --clip_denoised False", {"clip": False}),
+])  # fmt: skip
+def test_projection_and_threshold_against_the_wrappers_written_out(home, tmp_path, words, how):
+    drawn = draw(home, tmp_path / "out", f"{words} --timestep_respacing 6 --use_ddim True")
+    network, diffusion, _ = open_diffusion(path(home, "free"), {"timestep_respacing": "6"})
+    rule = guidance.projected(diffusion, how["projected"]) if "projected" in how else guidance.linear
+    predict = prediction.predictor(diffusion, network, diffusion.model_mean_type, diffusion.model_var_type)
+    predict = guidance.classifier_free(predict, {"y": 3}, 4.0, rule, batched=True)
+    fn = guidance.dynamic_threshold(how["quantile"]) if "quantile" in how else None
+    predict = prediction.clipped(predict, diffusion, how.get("clip", True), fn)
+    noise = sampling.SeededNoise(0, range(6))
+    y = noise.integers(3) * 0 + th.arange(6) % 3
+    x = run(diffusion, predict, noise.normal(1, 8, 8), y=y)
+    assert (generate.pictures.to_uint8(x).numpy() == drawn).all()
+    assert np.abs(drawn - draw(home, tmp_path / "plain", "--guidance_scale 4 --timestep_respacing 6 --use_ddim True"
+                               )).max() > 1  # fmt: skip
+
+
+def test_the_largest_quantile_leaves_data_in_range_alone():
+    """At quantile 1 nothing is clipped: in range all stays to the last bit, beyond it the whole image shrinks."""
+    diffusion = create_gaussian_diffusion(predict_xstart=True, timestep_respacing="8")
+    draws = {}
+    for size in (0.9, 3.0):
+        for fn in (None, guidance.dynamic_threshold(1.0)):
+            stream = generate.sample_stream(diffusion, lambda x, t: size * x.tanh(), shape=(1, 4, 4), num_samples=5,  # noqa: B023
+                                            batch_size=5, denoised_fn=fn)  # fmt: skip
+            draws[size, fn is None] = next(stream)[1]
+    assert th.equal(draws[0.9, True], draws[0.9, False]) and draws[0.9, True].abs().max() < 1
+    largest = draws[3.0, False].abs().flatten(1).max(1).values
+    th.testing.assert_close(largest, th.ones(5), rtol=0, atol=1e-6)
+    assert (draws[3.0, True].abs() == 1).float().mean() > 2 * (draws[3.0, False].abs() > 0.999999).float().mean()
+
+
+def test_defaults_are_those_of_the_plain_guidance():
+    args = config.parse("", config.ClassifierSampleOptions, argv=[])
+    assert config.check_classifier_guidance(args) == (1, 1)
+    args.classifier_scale_end = "0"
+    assert config.check_classifier_guidance(args) == (1, 0)
