@@ -56,7 +56,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 }
 
 # What its users missed.
-PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5}
+PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
 RUN = {"seed": 0, "device": "", "log_dir": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {

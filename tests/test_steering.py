@@ -402,3 +402,50 @@ def test_defaults_are_those_of_the_plain_guidance():
     assert config.check_classifier_guidance(args) == (1, 1)
     args.classifier_scale_end = "0"
     assert config.check_classifier_guidance(args) == (1, 0)
+
+
+# ------------------------------------------------------------------------------------------- the process's own options
+
+
+def test_the_small_variance_can_be_had(home, tmp_path):
+    """Typed, or from config.json: ancestral steps with the posterior's variance, and DDIM does not care."""
+    words = "--timestep_respacing 6"
+    small = draw(home, tmp_path / "small", f"{words} --sigma_small True")
+    large = draw(home, tmp_path / "large", words)
+    assert (draw(home, tmp_path / "false", f"{words} --sigma_small False") == large).all()
+    assert np.abs(small - large).mean() > 1
+    network, diffusion, _ = open_diffusion(path(home, "free"), {"timestep_respacing": "6"})
+    predict = prediction.clipped(prediction.predictor(diffusion, network, diffusion.model_mean_type, SMALL), diffusion)
+    noise = sampling.SeededNoise(0, range(6))
+    y = noise.integers(3) * 0 + th.arange(6) % 3
+    x = run(diffusion, predict, noise.normal(1, 8, 8), sampling.ddpm, noise=noise, y=y)
+    assert (generate.pictures.to_uint8(x).numpy() == small).all()
+    told = edited(home / "free", tmp_path / "told", sigma_small=True, class_names=None) / "model000030.pt"
+    done("image_sample", f"--model_path {told} {SAMPLE} {words} --log_dir {tmp_path}/by_config")
+    assert (samples(tmp_path / "by_config")[1] == small).all()
+    ddim = [draw(home, tmp_path / f"ddim{value}", f"{words} --use_ddim True --sigma_small {value}") for value in (0, 1)]
+    assert (ddim[0] == ddim[1]).all()
+
+
+def test_a_learned_variance_leaves_no_choice(home, tmp_path):
+    words = f"--data_dir {home}/data.npz {TRAIN} {NET} --learn_sigma True --iterations 1"
+    refused("image_train", f"{words} --sigma_small True --log_dir {tmp_path}/a", "has a variance of its own .*drop the")
+    done("image_train", f"{words} --log_dir {tmp_path}/b")
+    refused("image_sample", f"--model_path {tmp_path}/b/model000001.pt --num_samples 2 --sigma_small True --log_dir"
+            f" {tmp_path}/c", "--sigma_small True: the model has a variance of its own")  # fmt: skip
+
+
+def test_edms_noise_levels_in_training(home, tmp_path):
+    """Half the rows drawn have ln sigma below -1.2, and the loss is logged as it is, unweighted by 1 / (T p)."""
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine")
+    middle = int(np.searchsorted(np.log(diffusion.sqrt_recipm1_alphas_cumprod), -1.2))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        losses = type(diffusion).training_losses
+        patch.setattr(type(diffusion), "training_losses", lambda self, model, x, t, *a, **k: (
+            seen.extend(t.tolist()), losses(self, model, x, t, *a, **k))[1])  # fmt: skip
+        done("image_train", f"--data_dir {home}/data.npz {TRAIN} {NET} --schedule_sampler lognormal --iterations 20"
+             f" --log_dir {tmp_path}/a")  # fmt: skip
+    assert len(seen) == 240
+    assert np.mean(np.array(seen) < middle) == pytest.approx(0.5, abs=4 * 0.5 / 240**0.5)
+    assert np.mean(np.array(seen) < 500) > 0.8  # sigma 1 is the middle of the cosine's rows
