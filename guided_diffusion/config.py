@@ -295,6 +295,61 @@ class ClassifierSampleOptions(SampleOptions):
     )
 
 
+@dataclass
+class _OfImages:
+    model_path: str = changed(SampleOptions, "model_path", "")
+    data_dir: str = option("", "folder or file of images, best such as the model was not trained on")
+    label_from: str = changed(_Training, "label_from", "auto")
+    num_images: int = option(8, "how many of the images to take; --seed decides which")
+    batch_size: int = changed(_Training, "batch_size", 64)
+    sampler: str = changed(SampleOptions, "sampler", "ddpm")
+    steps: int = changed(SampleOptions, "steps", 100)
+    spacing: str = changed(SampleOptions, "spacing", "")
+
+
+@dataclass
+class InvertOptions(_OfImages):
+    """inversion"""
+
+    sampler: str = option("heun", "the sampler that is walked back and forth, one that adds no noise, as ddim or heun")
+    classes: str = option("", "labels or class names of the images in turn, as 3,7; empty: those of the data")
+    latents: str = option("", "latents_*.npz of an earlier run, to be turned into images instead of --data_dir")
+    max_sigma: float = option(
+        80.0, "noise level where latents stand; further up, a network that predicts noise says nothing of the image"
+    )
+    interpolate: int = option(0, "pictures between the latents of each image and the next; 0: none")
+
+
+@dataclass
+class InpaintOptions(_OfImages):
+    """restoration"""
+
+    task: str = option(
+        "inpaint", "what is measured: some pixels, means over blocks, or a blur", ("inpaint", "super_res", "blur")
+    )
+    mask: str = option(
+        "half",
+        "pixels unknown to inpaint: half (the lower), box (in the middle), random:0.5 (that share), or the file of a"
+        " picture that is white where pixels are known",
+    )
+    factor: int = option(2, "side of the blocks of super_res, in pixels")
+    blur_std: float = option(1.0, "standard deviation of the Gaussian of blur, in pixels")
+    noise_std: float = option(0.0, "standard deviation of the measurement's noise; pixels span -1 to 1")
+    method: str = option(
+        "dps", "guidance by the gradient of the measurement, or resampling, for inpaint alone", ("dps", "repaint")
+    )
+    dps_scale: float = option(
+        1.0,
+        "strength of dps; 1: right for independent pixels of deviation --sigma_data; where they tell of one another, a"
+        " smaller --sigma_data guides more, and does not overshoot as a larger scale does",
+    )
+    repaint_jump: int = option(10, "steps that repaint walks again")
+    repaint_times: int = option(5, "times that it walks them")
+    num_samples: int = option(4, "restorations of each image")
+    classes: str = option("", "labels or class names of the images in turn, as 3,7; empty: those of the data")
+    classifier_path: str = option("", "checkpoint of a classifier of clean images, which says what is restored")
+
+
 # ------------------------------------------------------------------------------------------------- flags from options
 
 
@@ -603,6 +658,44 @@ def check_classifier_guidance(args):
         if not (start or end) and getattr(args, name) != getattr(ClassifierSampleOptions, name):
             raise ValueError(f"--{name} has no effect at --classifier_scale 0: give another scale, as 1")
     return start, end
+
+
+def check_restoration(args):
+    """Raise ValueError if InpaintOptions contradict one another or are out of range."""
+    if args.method == "repaint" and args.task != "inpaint":
+        raise ValueError(f"--method repaint puts known pixels in place, and {args.task} has none: use --method dps")
+    if args.method == "repaint" and args.noise_std:
+        raise ValueError(
+            f"--method repaint takes the known pixels as they are: keep --noise_std 0, not {args.noise_std}, or use"
+            " --method dps"
+        )
+    if args.method == "repaint" and args.sampler not in ONE_PREDICTION:
+        raise ValueError(
+            f"--method repaint goes back and forth between rows, which {args.sampler} cannot: use"
+            f" {', '.join(ONE_PREDICTION)}"
+        )
+    smallest = {"repaint_jump": 1, "repaint_times": 1, "num_samples": 1, "noise_std": 0, "dps_scale": 0}
+    for name, least in smallest.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+    share_of_mask(args.mask)
+
+
+def share_of_mask(text):
+    """
+    The share of unknown pixels in --mask random:SHARE, or None for the other kinds of mask.
+
+    :raises ValueError: if it is no number from 0 to 1, or the mask is no kind and no file.
+    """
+    kind, colon, share = text.partition(":")
+    if kind == "random" and colon:
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            if 0 <= parse_float(share) <= 1:
+                return float(share)
+        raise ValueError(f"cannot read --mask {text}: give a share from 0 to 1, as random:0.5")
+    if text not in ("half", "box") and not os.path.isfile(text):
+        raise ValueError(f"--mask {text} is no file and none of half, box and random:SHARE")
+    return None
 
 
 def classifier_scale_end(args):

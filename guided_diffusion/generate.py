@@ -70,7 +70,7 @@ def sample_stream(
     predict = diffusion.predictor(model, clip_denoised, denoised_fn, cond_fn, guide, steer)
     mine = range(rank, num_samples, num_ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    with _bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
+    with progress_bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
         for number, indices in enumerate(batches):
             noise = sampling.SeededNoise(seed, indices, device)
             y = noise.integers(num_classes) if num_classes else None
@@ -83,13 +83,39 @@ def sample_stream(
                 if on_step:
                     on_step(indices, diffusion.num_timesteps - step, x, pred)
             bar.update((number + 1) * diffusion.num_timesteps - bar.n)  # a step may take several rows
-            if not x.isfinite().all():
-                raise ArithmeticError(f"the network gave values that are not finite for samples {list(indices)}")
+            _check_finite(x, indices)
             bar.set_postfix(images=f"{min((number + 1) * batch_size * num_ranks, num_samples)}/{num_samples}")
             yield indices, x, y
 
 
-def _bar(total, show):
+def through(walk, count, batch_size, steps):
+    """
+    Where walks end, for `count` samples in batches, with a progress bar: [count, ...].
+
+    :param walk: `(range of indices) -> iterable of (x, Prediction)`, a step each.
+    :param steps: how many steps each has.
+    :raises ArithmeticError: if samples are not finite.
+    """
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"there must be 1 image or more, in batches of 1 or more, not {count} and {batch_size}")
+    batches, ends = [range(count)[first : first + batch_size] for first in range(0, count, batch_size)], []
+    with progress_bar(len(batches) * steps) as bar:
+        for indices in batches:
+            for each, _ in walk(indices):
+                x = each
+                bar.update()
+            _check_finite(x, indices)
+            ends.append(x)
+    return th.cat(ends)
+
+
+def _check_finite(x, indices):
+    if not x.isfinite().all():
+        raise ArithmeticError(f"the network gave values that are not finite for samples {list(indices)}")
+
+
+def progress_bar(total, show=True):
+    """A bar of so many steps on stderr."""
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="sampling", unit="step", disable=not show, mininterval=0.5)
@@ -114,12 +140,19 @@ def save_samples(folder, images, labels=None, class_names=None, picture=True):
 
     :return: the path of the npz.
     """
-    path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
-    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
-    with checkpoint.writing(path) as file:
-        np.savez(file, **arrays)
+    path = save_arrays(folder, "samples", images, labels)
     if picture:
         save_class_grid(path[: -len("npz")] + "png", images, labels, class_names)
+    return path
+
+
+def save_arrays(folder, name, first, second=None):
+    """Write NAME_NxCxHxW.npz with arr_0 and, unless it is None, arr_1: arrays or tensors. Returns its path."""
+    path = os.path.join(folder, f"{name}_{'x'.join(map(str, first.shape))}.npz")
+    arrays = {f"arr_{k}": np.asarray(th.as_tensor(each).cpu()) for k, each in enumerate((first, second))
+              if each is not None}  # fmt: skip
+    with checkpoint.writing(path) as file:
+        np.savez(file, **arrays)
     return path
 
 

@@ -104,6 +104,43 @@ def open_data(args, flags, data_dir, **how):
     return data
 
 
+def open_images(args, flags, labelled):
+    """
+    The images that a program is asked to work on: (x [N,C,H,W] in [-1,1], labels [N] or None).
+
+    :param labelled: whether labels are needed; --classes gives them, else the data.
+    :raises ValueError: for fewer images than --num_images, besides what `load_data` refuses.
+    """
+    names = class_names(args.model_path)
+    data = load_data(
+        data_dir=args.data_dir,
+        batch_size=1,
+        image_size=flags["image_size"],
+        image_channels=flags["image_channels"],
+        class_cond=labelled and not args.classes,
+        class_names=names,
+        random_flip=False,
+        num_workers=0,
+        label_from=args.label_from,
+        seed=args.seed,
+    )
+    if not 1 <= args.num_images <= data.num_images:
+        raise ValueError(
+            f"--num_images must be from 1 to the {data.num_images} in {args.data_dir}, not {args.num_images}"
+        )
+    x, cond = zip(*(next(data) for _ in range(args.num_images)))
+    labels = config.parse_classes(args.classes, flags["num_classes"], args.num_images, names)
+    if labels is None and labelled:
+        labels = [each["y"].item() for each in cond]
+    return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
+
+
+def alone():
+    """Raise ValueError if several processes run a program that does its work in one."""
+    if dist_util.world_size() > 1:
+        raise ValueError(f"this program runs in one process, not in {dist_util.world_size()}: use no launcher")
+
+
 def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay iterations log_interval save_interval resume_checkpoint"
@@ -155,6 +192,14 @@ def rows_between(diffusion, interval):
     low, high = config.parse_interval(interval)
     sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
     return np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+
+
+def rows_up_to(diffusion, sigma):
+    """The rows whose noise level is at most sigma, ascending. Raises ValueError where these are fewer than two."""
+    rows = range(int(np.searchsorted(diffusion.sqrt_recipm1_alphas_cumprod, sigma, "right")))
+    if len(rows) < 2:
+        raise ValueError(f"--max_sigma {sigma}: the process has {len(rows)} rows of so little noise, and needs two")
+    return rows
 
 
 def steer_of(args, diffusion, cond_fn):
