@@ -15,6 +15,7 @@ def main():
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)
     judge = open_judge(args, flags, device)
+    config.check_classes(flags, None if judge else args.classes)
     images, y = program.open_images(args, flags, bool(judge) or flags["class_cond"])
     noise = sampling.SeededNoise(args.seed, range(len(images)), device)
     mask = read_mask(args, noise, images) if args.task == "inpaint" else None
