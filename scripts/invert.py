@@ -17,7 +17,6 @@ def main():
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
-    config.check_classes(flags, args.classes)
     diffusion = diffusion.spaced(program.rows_up_to(diffusion, args.max_sigma))
     rule, process = generate.planned(diffusion, sampler=args.sampler, steps=args.steps, spacing=args.spacing)
     predict = process.predictor(model, clip_denoised=False)  # what is clipped cannot be undone

@@ -19,6 +19,9 @@ TINY = [
     (r"samples_500x", "samples_20x"),
     (r"--batch_size \d+", "--batch_size 4"),
     (r"--timestep_respacing (ddim)?\d+", r"--timestep_respacing \g<1>5"),
+    (r"--num_images \d+", "--num_images 3"),
+    (r"latents_64x", "latents_3x"),
+    (r"--steps \d{2,3}\b", "--steps 6"),
 ]
 
 
@@ -81,6 +84,17 @@ def test_the_demo_and_every_command_of_the_readme(clone):
     assert (clone / "runs/digits/model000004.pt").exists()  # resumed at 2 and gone on to 4
     assert (clone / "runs/digits_guided/samples_6x8x8x1.npz").exists()
     assert (clone / "runs/digits_mpi/model000002.pt").exists() and (clone / "runs/demo/scale_3.json").exists()
+
+
+def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
+    for name in ("scripts", "datasets"):
+        os.symlink(ROOT / name, tmp_path / name)
+    for command in commands(ROOT / "docs" / "inverse.md"):
+        shell(tiny(command), tmp_path)
+    restored = [path.parent.name for path in tmp_path.glob("runs/*/restored.png")]
+    inverted = [path.parent.name for path in tmp_path.glob("runs/*/inversion.png")]
+    assert sorted(restored) == ["blocks", "halves", "repainted"] and inverted == ["latents"]
+    assert (tmp_path / "runs/latents/interpolation.png").exists() and list(tmp_path.glob("runs/decoded/samples_3x*"))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
