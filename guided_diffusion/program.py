@@ -111,7 +111,7 @@ def open_images(args, flags, labelled):
     :param labelled: whether labels are needed; --classes gives them, else the data.
     :raises ValueError: for fewer images than --num_images, besides what `load_data` refuses.
     """
-    names = class_names(args.model_path)
+    names = class_names(args.model_path) or class_names(getattr(args, "classifier_path", ""))
     data = load_data(
         data_dir=args.data_dir,
         batch_size=1,
