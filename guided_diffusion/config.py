@@ -20,9 +20,10 @@ def option(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def changed(group, name, default):
-    """The option `name` of another group with another default."""
-    return dataclasses.field(default=default, metadata=group.__dataclass_fields__[name].metadata)
+def changed(group, name, default, help=None):
+    """The option `name` of another group with another default, and other help if given."""
+    metadata = group.__dataclass_fields__[name].metadata
+    return dataclasses.field(default=default, metadata={**metadata, "help": help or metadata["help"]})
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -298,8 +299,13 @@ class ClassifierSampleOptions(SampleOptions):
 @dataclass
 class _OfImages:
     model_path: str = changed(SampleOptions, "model_path", "")
-    data_dir: str = option("", "folder or file of images, best such as the model was not trained on")
+    data_dir: str = changed(
+        _Training, "data_dir", "", "folder or file of images, best such as the model was not trained on"
+    )
     label_from: str = changed(_Training, "label_from", "auto")
+    classes: str = changed(
+        SampleOptions, "classes", "", "labels or class names of the images in turn, as 3,7; empty: those of the data"
+    )
     num_images: int = option(8, "how many of the images to take; --seed decides which")
     batch_size: int = changed(_Training, "batch_size", 64)
     sampler: str = changed(SampleOptions, "sampler", "ddpm")
@@ -311,8 +317,9 @@ class _OfImages:
 class InvertOptions(_OfImages):
     """inversion"""
 
-    sampler: str = option("heun", "the sampler that is walked back and forth, one that adds no noise, as ddim or heun")
-    classes: str = option("", "labels or class names of the images in turn, as 3,7; empty: those of the data")
+    sampler: str = changed(
+        SampleOptions, "sampler", "heun", "the sampler that is walked back and forth, one that adds no noise, as ddim"
+    )
     latents: str = option("", "latents_*.npz of an earlier run, to be turned into images instead of --data_dir")
     max_sigma: float = option(
         80.0, "noise level where latents stand; further up, a network that predicts noise says nothing of the image"
@@ -345,9 +352,11 @@ class InpaintOptions(_OfImages):
     )
     repaint_jump: int = option(10, "steps that repaint walks again")
     repaint_times: int = option(5, "times that it walks them")
-    num_samples: int = option(4, "restorations of each image")
-    classes: str = option("", "labels or class names of the images in turn, as 3,7; empty: those of the data")
-    classifier_path: str = option("", "checkpoint of a classifier of clean images, which says what is restored")
+    num_samples: int = changed(SampleOptions, "num_samples", 4, "restorations of each image")
+    classifier_path: str = changed(
+        ClassifierSampleOptions, "classifier_path", "", "checkpoint of a classifier of clean images, which says what is"
+        " restored",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- flags from options
