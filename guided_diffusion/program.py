@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, config, dist_util, guidance, logger, text
-from .generate import collect, sample_stream, save_samples
+from .generate import collect, planned, sample_stream, save_samples
 from .image_datasets import load_data
 from .script_util import open_diffusion
 
@@ -117,6 +117,43 @@ def open_data(args, flags, data_dir, **how):
     return data
 
 
+def open_images(args, flags, labelled):
+    """
+    The images that a program is asked to work on: (x [N,C,H,W] in [-1,1], labels [N] or None).
+
+    :param labelled: whether labels are needed; --classes gives them, else the data.
+    :raises ValueError: for fewer images than --num_images, besides what `load_data` refuses.
+    """
+    names = class_names(args.model_path) or class_names(getattr(args, "classifier_path", ""))
+    data = load_data(
+        data_dir=args.data_dir,
+        batch_size=1,
+        image_size=flags["image_size"],
+        image_channels=flags["image_channels"],
+        class_cond=labelled and not args.classes,
+        class_names=names,
+        random_flip=False,
+        num_workers=0,
+        label_from=args.label_from,
+        seed=args.seed,
+    )
+    if not 1 <= args.num_images <= data.num_images:
+        raise ValueError(
+            f"--num_images must be from 1 to the {data.num_images} in {args.data_dir}, not {args.num_images}"
+        )
+    x, cond = zip(*(next(data) for _ in range(args.num_images)))
+    labels = config.parse_classes(args.classes, flags["num_classes"], args.num_images, names)
+    if labels is None and labelled:
+        labels = [each["y"].item() for each in cond]
+    return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
+
+
+def alone():
+    """Raise ValueError if several processes run a program that does its work in one."""
+    if dist_util.world_size() > 1:
+        raise ValueError(f"this program runs in one process, not in {dist_util.world_size()}: use no launcher")
+
+
 def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
@@ -138,16 +175,18 @@ def guide_of(args, flags, diffusion):
     """
     The guidance that SampleOptions ask for before clipping, classifier-free or by a worse model: a function from
     predictor to predictor, or None. Raises ValueError where the model, or the two, cannot give it.
+
+    :param diffusion: the process that is walked.
     """
     config.check_guidance(args, flags)
-    low, high = config.parse_interval(args.guidance_interval)
+    first, last = rows_between(diffusion, args.guidance_interval)
     if args.guidance_scale == 1:
         return None
     how = {"scale": args.guidance_scale, "combine": guidance.linear}
     if args.guidance_rescale:
         how["combine"] = guidance.rescaled(diffusion, args.guidance_rescale)
-    sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
-    first, last = np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+    if args.guidance_projected != 1:
+        how["combine"] = guidance.projected(diffusion, args.guidance_projected)
     worse = worse_model(args, flags) if args.guide_path else None
 
     def guide(predict):
@@ -189,6 +228,51 @@ def vectors_of(args, flags):
     return th.from_numpy(text.encode(encoder, args.prompts))
 
 
+def rows_between(diffusion, interval):
+    """The first and the last row whose sigma lies in an interval of the options; where none does, last < first."""
+    low, high = config.parse_interval(interval)
+    sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
+    return np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+
+
+def rows_up_to(diffusion, sigma):
+    """The rows whose noise level is at most sigma, ascending. Raises ValueError where these are fewer than two."""
+    rows = range(int(np.searchsorted(diffusion.sqrt_recipm1_alphas_cumprod, sigma, "right")))
+    if len(rows) < 2:
+        raise ValueError(f"--max_sigma {sigma}: the process has {len(rows)} rows of so little noise, and needs two")
+    return rows
+
+
+def steer_of(args, diffusion, cond_fn):
+    """
+    What ClassifierSampleOptions make of a gradient: a function from predictor to predictor, or None without one.
+
+    :param diffusion: the process that is walked.
+    :param cond_fn: of scale 1, as `classifier_gradient`; None: no guidance.
+    """
+    if cond_fn is None:
+        return None
+    grad_fn = diffusion.told_rows(cond_fn)
+    if args.classifier_normalize:
+        grad_fn = guidance.normalized(grad_fn, args.classifier_normalize)
+    grad_fn = guidance.scaled(grad_fn, guidance.ramp(diffusion, *config.check_classifier_guidance(args)))
+    first, last = rows_between(diffusion, args.classifier_interval)
+
+    def steer(predict):
+        if args.guidance_at == "mean":
+            guided = guidance.classifier_guided_at_mean(predict, grad_fn, diffusion)
+        else:
+            guided = guidance.classifier_guided(predict, grad_fn)
+        return guidance.interval(guidance.every(guided, predict, args.classifier_every), predict, first, last)
+
+    return steer
+
+
+def walk_of(args):
+    """The options of a walk, as `generate.planned` takes them."""
+    return {name: getattr(args, name) for name in ("use_ddim", "eta", "sampler", "steps", "spacing")}
+
+
 def worse_model(args, flags):
     """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
     explicit = {"timestep_respacing": flags["timestep_respacing"]}
@@ -200,14 +284,20 @@ def worse_model(args, flags):
                 f"--guide_path: the model has {name} {flags[name]} and {args.guide_path} has {its_flags[name]}: only a"
                 " model of the same images, noise and conditions can guide"
             )
-    return diffusion.predictor(network, clip_denoised=False)
+    return planned(diffusion, **walk_of(args))[1].predictor(network, clip_denoised=False)
 
 
 def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
-    """Draw the samples that SampleOptions ask for and write them; `flags` tell their shape."""
+    """
+    Draw the samples that SampleOptions ask for and write them; `flags` tell their shape.
+
+    :param cond_fn: see `steer_of`; with one, `args` has ClassifierSampleOptions.
+    """
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
     labels = config.parse_classes(args.classes, num_classes, args.num_samples, names)
+    rule, diffusion = planned(diffusion, **walk_of(args))
+    guide = guide_of(args, flags, diffusion)
     stream = sample_stream(
         diffusion,
         model,
@@ -218,14 +308,11 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
         labels=labels,
         num_classes=num_classes,
         vectors=vectors_of(args, flags),
-        use_ddim=args.use_ddim,
-        eta=args.eta,
-        sampler=args.sampler,
-        steps=args.steps,
-        spacing=args.spacing,
+        rule=rule,
         clip_denoised=args.clip_denoised,
-        cond_fn=cond_fn,
-        guide=guide_of(args, flags, diffusion),
+        denoised_fn=guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
+        guide=guide,
+        steer=steer_of(args, diffusion, cond_fn),
         device=dist_util.dev(),
         rank=dist_util.rank(),
         num_ranks=dist_util.world_size(),

@@ -282,6 +282,8 @@ def _call(function, flags):
 
 
 def _process(flags):
+    if flags["learn_sigma"] and flags["sigma_small"]:
+        raise ValueError("--sigma_small True: the model has a variance of its own (learn_sigma True): drop the flag")
     return _call(create_gaussian_diffusion, flags | {"steps": flags["diffusion_steps"]})
 
 

@@ -56,7 +56,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 }
 
 # What its users missed.
-PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5}
+PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
 RUN = {"seed": 0, "device": "", "log_dir": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
@@ -69,6 +69,11 @@ MORE_SAMPLING = {
     "classes": "", "grid": True, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
     "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
     "guide_path": "", "guidance_interval": "", "prompts": (), "prompt_vectors": "",
+    "guidance_projected": 1.0, "dynamic_threshold": 0.0,
+}
+MORE_STEERING = {
+    "classifier_scale_end": "", "classifier_marginal": 1.0, "classifier_normalize": 0.0, "classifier_interval": "",
+    "classifier_every": 1, "guidance_at": "x_t",
 }
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
 
@@ -95,7 +100,7 @@ PROGRAMS = {
         (ClassifierSampleOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions),
         SAMPLE | {"classifier_path": "", "classifier_scale": 1.0} | MODEL | DIFFUSION | CLASSIFIER,
         37,
-        RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING | MORE_CLASSIFIER,
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING | MORE_STEERING | MORE_CLASSIFIER,
     ),
     "super_res_train": (
         (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),

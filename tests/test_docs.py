@@ -25,6 +25,9 @@ TINY = [
                            " --iterations 2"),  # what is typed in the text comes later and wins
     (r"187500", "000001"),
     (r"--num_channels 128", "--num_channels 32"),
+    (r"--num_images \d+", "--num_images 3"),
+    (r"latents_64x", "latents_3x"),
+    (r"--steps \d{2,3}\b", "--steps 6"),
 ]
 
 
@@ -107,6 +110,17 @@ def test_every_command_of_the_page_on_captions(clone):
     for command in commands(ROOT / "docs" / "captions.md"):
         shell(tiny(command), clone)
     assert (clone / "runs/prompts/samples_6x8x8x1.npz").exists()
+
+
+def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
+    for name in ("scripts", "datasets"):
+        os.symlink(ROOT / name, tmp_path / name)
+    for command in commands(ROOT / "docs" / "inverse.md"):
+        shell(tiny(command), tmp_path)
+    restored = [path.parent.name for path in tmp_path.glob("runs/*/restored.png")]
+    inverted = [path.parent.name for path in tmp_path.glob("runs/*/inversion.png")]
+    assert sorted(restored) == ["blocks", "halves", "repainted"] and inverted == ["latents"]
+    assert (tmp_path / "runs/latents/interpolation.png").exists() and list(tmp_path.glob("runs/decoded/samples_3x*"))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -31,7 +31,7 @@ PROCESS = (
     "learn_sigma, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart, rescale_timesteps,"
     " rescale_learned_sigmas"
 )
-MORE_PROCESS = " predict='', loss_weight='unit', sigma_data=0.5"
+MORE_PROCESS = " predict='', loss_weight='unit', sigma_data=0.5, sigma_small=False"
 SIGNATURES = {
     "diffusion_defaults": "()",
     "classifier_defaults": "()",
@@ -122,7 +122,7 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, "", "unit", 0.5, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, "", "unit", 0.5, False, 5)
 
 
 # --------------------------------------------------------------------------------------------------- networks, process
