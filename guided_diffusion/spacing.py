@@ -1,6 +1,6 @@
 """Which rows of a process a sampler visits: functions `(process, count) -> count different rows, ascending`.
 
-Every spacing but `leading` keeps the last row, where sampling starts from pure noise; a single row is always the last.
+`uniform`, `trailing` and `quadratic` keep the last row, where sampling starts; a single row is always the last.
 """
 
 import numpy as np
@@ -53,21 +53,22 @@ def quadratic(process, count):
     return _distinct(np.linspace(0, np.sqrt(process.num_timesteps - 1), count) ** 2, process.num_timesteps)
 
 
-# Above this, rows look alike: x_0 / sigma is lost in the noise. EDM starts here (Karras et al. 2022, arXiv 2206.00364,
-# table 1); a cosine process goes on to 20,000, where steps even in log-SNR would spend half their number on nothing.
+# Above this, rows look alike: x_0 / sigma is lost in the noise, so EDM starts here (Karras et al. 2022, arXiv
+# 2206.00364, table 1). A cosine process goes on to 20,000: steps even in log-SNR would spend half their number on
+# nothing, and a step of Heun's from there magnifies the network's error.
 SIGMA_MAX = 80.0
 
 
 def log_snr(process, count):
     """
-    Even in the log-SNR, the spacing that DPM-Solver assumes (arXiv 2206.00927, section 3.3), up to SIGMA_MAX; the last
-    row, where sampling starts, comes on top if it is noisier.
+    Even in the log-SNR, the spacing that DPM-Solver assumes (arXiv 2206.00927, section 3.3), from SIGMA_MAX where the
+    process goes beyond. A last row of pure noise, which alone can make other brightness than grey, comes on top.
     """
     return _even_in(process, count, np.log, np.exp)
 
 
 def karras(process, count, rho=7):
-    """Even in sigma^(1/rho) (Karras et al. 2022, arXiv 2206.00364, eq. 5); the last row as for `log_snr`."""
+    """Even in sigma^(1/rho) (Karras et al. 2022, arXiv 2206.00364, eq. 5); ends as `log_snr`."""
     return _even_in(process, count, lambda sigma: sigma ** (1 / rho), lambda level: level**rho)
 
 
@@ -82,11 +83,11 @@ SPACINGS = {
 
 
 def _even_in(process, count, level, inverse):
-    """Rows nearest, in log sigma, to `count` even steps of level(sigma); a last row above SIGMA_MAX comes on top."""
+    """Rows nearest, in log sigma, to `count` even steps of level(sigma); a last row of pure noise comes on top."""
     sigma = process.sqrt_recipm1_alphas_cumprod
-    calm = int((sigma <= SIGMA_MAX * (1 + 1e-6)).sum())
-    top = [len(sigma) - 1] if calm < len(sigma) else []
+    top = [len(sigma) - 1] if np.isinf(sigma[-1]) else []
     count -= len(top)
+    calm = int((sigma <= SIGMA_MAX * (1 + 1e-6)).sum())
     sigma = sigma[: max(calm, count)]  # noisier rows are taken only where the calm ones do not suffice
     wanted = inverse(np.linspace(level(sigma[0]), level(sigma[-1]), count)) if count > 1 else sigma[:1]
     places = np.interp(np.log(wanted), np.log(sigma), np.arange(len(sigma)))
