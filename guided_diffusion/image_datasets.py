@@ -6,6 +6,7 @@ stream is the same for any number of workers, and R ranks with batches of B see 
 that one rank with batches of R * B sees.
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -78,7 +79,7 @@ def load_data(
         num_workers=num_workers,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
-    return ImageBatches(loader, source, batches_per_epoch)
+    return ImageBatches(loader, source, batches_per_epoch, _fingerprint(source, str(data_dir)))
 
 
 def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
@@ -92,20 +93,32 @@ def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
     return images_per_rank // batch_size
 
 
+def _fingerprint(source, data_dir):
+    if isinstance(source.images, np.ndarray):
+        digest = hashlib.sha256(np.ascontiguousarray(source.images))
+    else:
+        digest = hashlib.sha256("\n".join(path[len(data_dir) :].lstrip("/") for path in source.images).encode())
+    if source.labels is not None:
+        digest.update(np.ascontiguousarray(source.labels))
+    return digest.hexdigest()[:16]
+
+
 class ImageBatches:
     """
     The endless iterator that `load_data` returns.
 
     Attributes: `num_images` in the data; `batches_per_epoch` of this rank; `class_names` [list of str; the numbers
-    where labels have no names; None without labels]; `label_rule`, a phrase for the log; `bad_images`, how many files
-    were skipped so far.
+    where labels have no names; None without labels]; `label_rule`, a phrase for the log; `fingerprint`, a
+    text that other data would not have (of files, their names and order alone); `bad_images`, how many files were
+    skipped so far.
     """
 
-    def __init__(self, loader, source, batches_per_epoch):
+    def __init__(self, loader, source, batches_per_epoch, fingerprint):
         self.num_images = len(source.images)
         self.batches_per_epoch = batches_per_epoch
         self.class_names = source.class_names
         self.label_rule = source.rule
+        self.fingerprint = fingerprint
         self._bad = set()
         self._batches = iter(loader)
 

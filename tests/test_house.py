@@ -29,8 +29,8 @@ MACHINERY = [
     "config pictures image_datasets",
     "checkpoint",
     "dist_util",
-    "logger",
-    "fp16_util generate",
+    "logger saves ema health",
+    "fp16_util generate tally tasks runs",
     "train_util script_util",
     "program",
 ]
