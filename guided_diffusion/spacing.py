@@ -53,13 +53,21 @@ def quadratic(process, count):
     return _distinct(np.linspace(0, np.sqrt(process.num_timesteps - 1), count) ** 2, process.num_timesteps)
 
 
+# Above this, rows look alike: x_0 / sigma is lost in the noise. EDM starts here (Karras et al. 2022, arXiv 2206.00364,
+# table 1); a cosine process goes on to 20,000, where steps even in log-SNR would spend half their number on nothing.
+SIGMA_MAX = 80.0
+
+
 def log_snr(process, count):
-    """Even in the log-SNR, the spacing that DPM-Solver assumes (arXiv 2206.00927, section 3.3)."""
+    """
+    Even in the log-SNR, the spacing that DPM-Solver assumes (arXiv 2206.00927, section 3.3), up to SIGMA_MAX; the last
+    row, where sampling starts, comes on top if it is noisier.
+    """
     return _even_in(process, count, np.log, np.exp)
 
 
 def karras(process, count, rho=7):
-    """Even in sigma^(1/rho) (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
+    """Even in sigma^(1/rho) (Karras et al. 2022, arXiv 2206.00364, eq. 5); the last row as for `log_snr`."""
     return _even_in(process, count, lambda sigma: sigma ** (1 / rho), lambda level: level**rho)
 
 
@@ -74,14 +82,15 @@ SPACINGS = {
 
 
 def _even_in(process, count, level, inverse):
-    """Rows nearest, in log sigma, to `count` even steps of level(sigma); a last row of pure noise comes on top."""
+    """Rows nearest, in log sigma, to `count` even steps of level(sigma); a last row above SIGMA_MAX comes on top."""
     sigma = process.sqrt_recipm1_alphas_cumprod
-    noise = [len(sigma) - 1] if np.isinf(sigma[-1]) else []
-    sigma = sigma[: len(sigma) - len(noise)]
-    count -= len(noise)
+    calm = int((sigma <= SIGMA_MAX * (1 + 1e-6)).sum())
+    top = [len(sigma) - 1] if calm < len(sigma) else []
+    count -= len(top)
+    sigma = sigma[: max(calm, count)]  # noisier rows are taken only where the calm ones do not suffice
     wanted = inverse(np.linspace(level(sigma[0]), level(sigma[-1]), count)) if count > 1 else sigma[:1]
     places = np.interp(np.log(wanted), np.log(sigma), np.arange(len(sigma)))
-    return [*_distinct(places, len(sigma)), *noise]
+    return [*_distinct(places, len(sigma)), *top]
 
 
 def _distinct(places, total):

@@ -611,6 +611,19 @@ def test_spacings_by_hand():
     np.testing.assert_allclose(sigma[rows("log_snr", 18, fine)], np.geomspace(0.002, 80, 18), rtol=1e-3)
 
 
+def test_steps_are_not_spent_above_sigma_80():
+    """A cosine process goes on to sigma 20,000: but for the last row, rows even in log-SNR end at 80, as EDM's do."""
+    p = Process(get_named_beta_schedule("cosine", 1000))
+    sigma = p.sqrt_recipm1_alphas_cumprod
+    for name, level in (("log_snr", np.log), ("karras", lambda s: s ** (1 / 7))):
+        *rows, last = spacing.spaced_rows(p, name, 9)
+        assert last == 999 and sigma[rows[-1]] <= 80 < sigma[rows[-1] + 1]
+        gaps = np.diff(level(sigma[rows[2:]]))  # near the data rows are too few to be even
+        np.testing.assert_allclose(gaps, gaps.mean(), rtol=0.1)
+    assert spacing.spaced_rows(p, "log_snr", 1000) == list(range(1000))
+    assert spacing.spaced_rows(p, "log_snr", 997)[-3:] == [994, 995, 999]
+
+
 def test_spacings_of_a_process_that_ends_in_pure_noise():
     p = Process(np.append(process(100).betas[:-1], 1.0))
     for name in spacing.SPACINGS:
