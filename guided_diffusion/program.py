@@ -41,13 +41,30 @@ def start(args, *settled_later):
     return dist_util.dev(), folder
 
 
-def network_flags(args, resume_checkpoint, *groups):
-    """The options of a network to train: as typed, else from the config.json beside the checkpoint, else default."""
-    flags = config.flags_of(args, *groups)
-    if resume_checkpoint:
-        known = (checkpoint.read_config(resume_checkpoint) or {}).get("flags", {})
-        flags |= {name: value for name, value in known.items() if name in flags and name not in args.explicit}
-    return flags
+def network_flags(args, folder, kind, *groups):
+    """
+    The options of a network to train: as typed, else from the config.json beside the checkpoint to go on from, else
+    default.
+
+    :param kind: of network, as in config.json.
+    :raises ValueError: if the checkpoint is of another kind; if the run goes on in its own folder and typed options
+        differ, unless `args.force`.
+    """
+    flags, path = config.flags_of(args, *groups), args.resume_checkpoint
+    if not path:
+        return flags
+    content = checkpoint.read_config(path) or {"kind": kind, "flags": {}}
+    if content["kind"] != kind:
+        raise ValueError(f"{path} holds a {content['kind']} network, not a {kind} one: choose another --log_dir")
+    known = content["flags"]
+    told = {name: value for name, value in known.items() if name in flags}
+    for name in sorted(told.keys() & args.explicit - set(checkpoint.PASSING)):
+        if told[name] != flags[name]:
+            said = f"--{name} {flags[name]}: the checkpoint to go on from, {path}, has {name} {told[name]}"
+            if runs.is_own(folder, path) and not args.force:
+                raise ValueError(f"{said}; choose another --log_dir for a new run, or --force True to go on so")
+            logger.warn(said)
+    return flags | {name: value for name, value in told.items() if name not in args.explicit}
 
 
 def class_names(path):
@@ -65,7 +82,7 @@ def log_network(path, flags):
 
 def open_training_data(args, flags, class_cond):
     """The stream of training images; of a resumed run, from where it stopped and with the labels that it had."""
-    batch = args.batch_size * dist_util.world_size()
+    batch = max(args.batch_size, 1) * dist_util.world_size()
     return open_data(
         args,
         flags,
@@ -94,8 +111,7 @@ def begin_run(args, folder, kind, flags, data):
     """Write config.json and run.json, once it is known that all options fit. Collective."""
 
     def write():
-        resumed_here = os.path.dirname(os.path.abspath(args.resume_checkpoint or "-/-")) == os.path.abspath(folder)
-        runs.record(folder, args, data, args.resume_checkpoint if resumed_here else None)
+        runs.record(folder, args, data, args.resume_checkpoint if runs.is_own(folder, args.resume_checkpoint) else None)
         checkpoint.write_config(folder, kind, flags, class_names=data.class_names)
 
     dist_util.from_main(write)

@@ -47,10 +47,15 @@ def take_up(folder, resume, resume_checkpoint):
         resume_checkpoint = held
     elif resume_checkpoint:
         _refuse_damaged(resume_checkpoint)
-    if resume_checkpoint and os.path.dirname(os.path.abspath(resume_checkpoint)) == os.path.abspath(folder):
+    if is_own(folder, resume_checkpoint):
         logger.rewind(folder, step(resume_checkpoint))
     _locks.append(lock)
     return resume_checkpoint, said
+
+
+def is_own(folder, path):
+    """Whether a checkpoint (a path or "") lies in this folder."""
+    return bool(path) and os.path.dirname(os.path.abspath(path)) == os.path.abspath(folder)
 
 
 _locks = []  # held until the process ends

@@ -10,7 +10,7 @@ from guided_diffusion.train_util import ClassifierTask, Trainer
 def main():
     args = config.parse(__doc__, ClassifierTrainOptions, ClassifierOptions, DiffusionOptions, RunOptions)
     device, folder = program.start(args)
-    flags = program.network_flags(args, args.resume_checkpoint, ClassifierOptions, DiffusionOptions)
+    flags = program.network_flags(args, folder, "classifier", ClassifierOptions, DiffusionOptions)
     classifier, diffusion = create_classifier_and_diffusion(**flags)
     data = program.open_training_data(args, flags, class_cond=True)
     sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)

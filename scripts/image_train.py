@@ -12,7 +12,7 @@ from guided_diffusion.train_util import TrainLoop
 def main():
     args = config.parse(__doc__, TrainOptions, ModelOptions, DiffusionOptions, RunOptions)
     device, folder = program.start(args)
-    flags = program.network_flags(args, args.resume_checkpoint, ModelOptions, DiffusionOptions)
+    flags = program.network_flags(args, folder, "diffusion", ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
     null = config.null_class(flags)
     drop = None if null is None else partial(guidance.dropped, null={"y": null}, rate=flags["class_dropout"])

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
+from test_programs import same
 from torch import nn
 
 from guided_diffusion import checkpoint, dist_util, ema, guidance, health, logger, saves, train_util
@@ -451,16 +452,6 @@ def contents(folder, step):
     """Every tensor and value of a checkpoint, and the rows of the log but for their times."""
     files = {path.name: checkpoint.load(path) for path in sorted(folder.glob(f"*{step:06d}.pt"))}
     return files, [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
-
-
-def same(a, b):
-    if isinstance(a, th.Tensor):
-        return th.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
