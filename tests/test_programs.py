@@ -745,7 +745,8 @@ BAD = [
     (f"{IMAGE_TRAIN} --num_channels 64 --resume_checkpoint {{plain}}/model000008.pt",
      r"model000008.pt does not fit: \d+ shapes differ \(time_embed.0.weight: file \[128, 32\], network \[256, 64\]\)"
      ".* would fit at --image_size 8: --num_channels 32, with"),
-    (f"{IMAGE_TRAIN} --resume_checkpoint {{classifier}}/model000010.pt", "does not fit.*it is a classifier network"),
+    (f"{IMAGE_TRAIN} --resume_checkpoint {{classifier}}/model000010.pt",
+     "holds a classifier network, not a diffusion one"),
     # the rest
     *[(f"{command} --log_dir {{bad}}/file/below", "cannot write to the folder .*bad/file/below.*another --log_dir")
       for command in (IMAGE_TRAIN, CLASSIFIER_TRAIN, SAMPLE, GUIDE)],
