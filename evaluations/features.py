@@ -185,14 +185,13 @@ def find_weights(path=None):
 
 
 def _download(file):
+    from guided_diffusion.download import fetch
+
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {WEIGHTS_URL} to {file}", file=sys.stderr)
-        torch.hub.download_url_to_file(WEIGHTS_URL, str(file), hash_prefix=WEIGHTS_SHA256)
-    except (OSError, RuntimeError) as error:  # no network, no right to write; another content
+        fetch(WEIGHTS_URL, file, f"sha256:{WEIGHTS_SHA256}")
+    except (OSError, ValueError) as error:  # no network, no right to write; another content
         raise FileNotFoundError(
-            f"could not download the Inception weights ({error}): fetch {WEIGHTS_URL} elsewhere and save it as {file}, "
-            f"or name the file with --weights or ${WEIGHTS_VARIABLE}"
+            f"no Inception weights: {error}; or name their file with --weights or ${WEIGHTS_VARIABLE}"
         ) from error
 
 

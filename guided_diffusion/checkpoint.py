@@ -273,6 +273,8 @@ def infer_flags(state_dict, image_size=None, image_channels=None, path="this"):
 
 
 def _infer(shapes, image_size, image_channels):
+    if "init_conv.weight" in shapes:
+        return _infer_film(shapes)
     is_unet = any(name.startswith("output_blocks.") for name in shapes)
     found = _unet_head(shapes, image_channels) if is_unet else _classifier_head(shapes)
     base, block = shapes["time_embed.0.weight"][1], "input_blocks.1.0."
@@ -295,13 +297,30 @@ def _infer(shapes, image_size, image_channels):
     return found | (trunk if is_unet else {_classifier_name(name): value for name, value in trunk.items()})
 
 
+def _infer_film(shapes):
+    base, channels = shapes["init_conv.weight"][:2]
+    stages = sorted(int(name.split(".")[1]) for name in shapes if re.fullmatch(r"downs\.\d+\.2\.weight", name))
+    return {
+        "kind": "diffusion",
+        "network": "film",
+        "image_channels": channels,
+        "learn_sigma": shapes["final_conv.weight"][0] == 2 * channels,
+        "class_cond": False,
+        "vector_channels": shapes.get("condition_mlp.0.weight", (0, 0))[1],
+        "num_channels": base,
+        "channel_mult": ",".join(_factor(shapes[f"downs.{i}.2.weight"][0], base) for i in stages),
+        "attention_downsampling": (),
+    }
+
+
 def _classifier_name(name):
     return {"num_channels": "classifier_width", "num_res_blocks": "classifier_depth"}.get(name, f"classifier_{name}")
 
 
 def _network_shapes(state_dict, path):
     names = [name for name in state_dict if isinstance(name, str)] if isinstance(state_dict, dict) else []
-    if "time_embed.0.weight" in names and all(hasattr(state_dict[name], "shape") for name in names):
+    known = {"time_embed.0.weight", "init_conv.weight"} & set(names)
+    if known and all(hasattr(state_dict[name], "shape") for name in names):
         return {name: tuple(state_dict[name].shape) for name in names}
     if set(names) == {"state", "param_groups"}:
         raise ValueError(f"{path} holds the state of an optimizer: give the modelNNNNNN.pt or ema_*.pt beside it")
@@ -326,6 +345,8 @@ def _unet_head(shapes, known_channels):
     }
     if found["class_cond"]:
         found["num_classes"] = shapes["label_emb.weight"][0]
+    if not super_res:
+        found |= {"network": "adm", "vector_channels": shapes.get("vector_emb.0.weight", (0, 0))[1]}
     return found
 
 
@@ -417,7 +438,7 @@ def misfits(flags, inferred):
     told = config.parse_channel_mult(inferred[mult_name])
     mult = ()
     with contextlib.suppress(ValueError):
-        mult = config.levels(flags[mult_name], size, is_super_res)
+        mult = config.levels(flags[mult_name], size, is_super_res, inferred.get("network") == "film")
     if [int(factor * base) for factor in mult] == [int(factor * base) for factor in told]:
         wrong.pop(mult_name, None)
     factors = {2**level for level in range(len(told))} & set(config.attention_downsampling(flags[attention_name], size))

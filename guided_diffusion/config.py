@@ -20,9 +20,10 @@ def option(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def changed(group, name, default):
-    """The option `name` of another group with another default."""
-    return dataclasses.field(default=default, metadata=group.__dataclass_fields__[name].metadata)
+def changed(group, name, default, help=None):
+    """The option `name` of another group with another default, and other help if given."""
+    metadata = group.__dataclass_fields__[name].metadata
+    return dataclasses.field(default=default, metadata={**metadata, "help": help or metadata["help"]})
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -57,7 +58,7 @@ class _Network(_Data):
     class_dropout: float = option(
         0.0,
         "train without the label this often, as 0.1, for classifier-free guidance: the network then has one class"
-        " more, numbered num_classes, that stands for no label",
+        " more, numbered num_classes, that stands for no label; a vector is dropped with it, zeros standing for none",
     )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "time and class scale and shift the features instead of adding to them")
@@ -71,6 +72,15 @@ class _Network(_Data):
 @dataclass
 class ModelOptions(_Network, _ImageSize):
     """network"""
+
+    network: str = option(
+        "adm",
+        "the U-Net of the paper, or film: a small one without attention that takes a vector; its widths are"
+        " --num_channels and --channel_mult (empty: 1,2,4,8), each factor halves the side, and of the other options of"
+        " the network it has --dropout and --vector_channels",
+        ("adm", "film"),
+    )
+    vector_channels: int = option(0, "width of the vector, as an embedded text, that the network takes; 0: none")
 
 
 @dataclass
@@ -142,6 +152,11 @@ class DiffusionOptions:
         " or edm; all but unit weigh the clean image's error alike whatever is predicted",
     )
     sigma_data: float = option(0.5, "standard deviation of the data, for --predict edm and --loss_weight edm")
+    sigma_small: bool = option(
+        False,
+        "without --learn_sigma, ancestral steps have the posterior's variance, right for data at one point, instead of"
+        " beta, right for data like noise; sampling may choose it for any such model",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- programs
@@ -159,9 +174,15 @@ class RunOptions:
 @dataclass
 class _Training:
     data_dir: str = option("", "folder or file of training images")
-    schedule_sampler: str = option("uniform", "which timesteps to train on", ("uniform", "loss-second-moment"))
+    schedule_sampler: str = option(
+        "uniform",
+        "which timesteps to train on: all alike, or more where the loss is large, or normal in log sigma with mean -1.2"
+        " and deviation 1.2 as EDM (a change of the objective: best with --loss_weight edm)",
+        ("uniform", "loss-second-moment", "lognormal"),
+    )
     lr: float = option(1e-4, "learning rate of AdamW")
     weight_decay: float = option(0.0, "weight decay of AdamW, on every parameter")
+    beta2: float = option(0.999, "decay of AdamW's mean of squared gradients; 0.99 follows them faster")
     iterations: int = option(0, "stop after this many updates in all; 0: no such limit")
     batch_size: int = option(1, "images at once in each process")
     microbatch: int = option(-1, "images in memory at once, gradients averaged over the batch; -1: the whole batch")
@@ -255,6 +276,15 @@ class SampleOptions:
     steps: int = option(0, "steps that --sampler keeps, of those that --timestep_respacing leaves; 0: all")
     spacing: str = option("", "spacing of those steps: uniform, leading, trailing, quadratic, log_snr or karras")
     classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
+    prompts: tuple = option(
+        (),
+        "texts to draw in turn, each in quotes, from a model of captioned images; encoded as its captions were",
+    )
+    prompt_vectors: str = option(
+        "",
+        "npy file of vectors [P,D] to draw in turn, where the texts' vectors were computed elsewhere; as many --prompts"
+        " name them",
+    )
     grid: bool = option(True, "also write a picture of the first samples")
     guidance_scale: float = option(
         1.0,
@@ -275,14 +305,110 @@ class SampleOptions:
     guidance_rescale: float = option(
         0.0, "how far, from 0 to 1, guided predictions are brought back to the contrast of the conditional ones"
     )
+    guidance_projected: float = option(
+        1.0,
+        "share, from 0 to 1, that is kept of what guidance adds along the conditional prediction, which saturates"
+        " images (APG); 1: all",
+    )
+    dynamic_threshold: float = option(
+        0.0,
+        "quantile, as 0.995, of each predicted image's absolute values at which it is clipped and then scaled down to"
+        " the range of pixels; 0: clip at that range",
+    )
 
 
 @dataclass
 class ClassifierSampleOptions(SampleOptions):
     """sampling"""
 
-    classifier_path: str = option("", "checkpoint of the noise-aware classifier")
+    classifier_path: str = option(
+        "", "checkpoint of the noise-aware classifier; of several, with commas between, the gradients are added"
+    )
     classifier_scale: float = option(1.0, "strength of the classifier's guidance; 0: none")
+    classifier_scale_end: str = option(
+        "", "strength at the last step, reached from --classifier_scale in even changes; empty: the same"
+    )
+    classifier_marginal: float = option(
+        1.0, "weight of the marginal density in log p(y|x) = log p(x,y) - log p(x); 0: only the joint density pulls"
+    )
+    classifier_normalize: float = option(
+        0.0, "L2 norm that each image's gradient is given before --classifier_scale multiplies it; 0: as it comes"
+    )
+    classifier_interval: str = option(
+        "", "noise levels sigma between which the classifier guides, as 0.2,5; empty: all"
+    )
+    classifier_every: int = option(
+        1, "guide at every so many steps only, with so much less work; that times the scale keeps the strength"
+    )
+    guidance_at: str = option(
+        "x_t",
+        "where the classifier's gradient is taken: at the noisy image, as the published scales assume, or at the mean"
+        " of the next one, as the derivation has it (ancestral sampling only)",
+        ("x_t", "mean"),
+    )
+
+
+@dataclass
+class _OfImages:
+    model_path: str = changed(SampleOptions, "model_path", "")
+    data_dir: str = changed(
+        _Training, "data_dir", "", "folder or file of images, best such as the model was not trained on"
+    )
+    label_from: str = changed(_Training, "label_from", "auto")
+    classes: str = changed(
+        SampleOptions, "classes", "", "labels or class names of the images in turn, as 3,7; empty: those of the data"
+    )
+    num_images: int = option(8, "how many of the images to take; --seed decides which")
+    batch_size: int = changed(_Training, "batch_size", 64)
+    sampler: str = changed(SampleOptions, "sampler", "ddpm")
+    steps: int = changed(SampleOptions, "steps", 100)
+    spacing: str = changed(SampleOptions, "spacing", "")
+
+
+@dataclass
+class InvertOptions(_OfImages):
+    """inversion"""
+
+    sampler: str = changed(
+        SampleOptions, "sampler", "heun", "the sampler that is walked back and forth, one that adds no noise, as ddim"
+    )
+    latents: str = option("", "latents_*.npz of an earlier run, to be turned into images instead of --data_dir")
+    max_sigma: float = option(
+        80.0, "noise level where latents stand; further up, a network that predicts noise says nothing of the image"
+    )
+    interpolate: int = option(0, "pictures between the latents of each image and the next; 0: none")
+
+
+@dataclass
+class InpaintOptions(_OfImages):
+    """restoration"""
+
+    task: str = option(
+        "inpaint", "what is measured: some pixels, means over blocks, or a blur", ("inpaint", "super_res", "blur")
+    )
+    mask: str = option(
+        "half",
+        "pixels unknown to inpaint: half (the lower), box (in the middle), random:0.5 (that share), or the file of a"
+        " picture that is white where pixels are known",
+    )
+    factor: int = option(2, "side of the blocks of super_res, in pixels")
+    blur_std: float = option(1.0, "standard deviation of the Gaussian of blur, in pixels")
+    noise_std: float = option(0.0, "standard deviation of the measurement's noise; pixels span -1 to 1")
+    method: str = option(
+        "dps", "guidance by the gradient of the measurement, or resampling, for inpaint alone", ("dps", "repaint")
+    )
+    dps_scale: float = option(
+        1.0,
+        "strength of dps; 1: right for independent pixels of deviation --sigma_data; where they tell of one another, a"
+        " smaller --sigma_data guides more, and does not overshoot as a larger scale does",
+    )
+    repaint_jump: int = option(10, "steps that repaint walks again")
+    repaint_times: int = option(5, "times that it walks them")
+    num_samples: int = changed(SampleOptions, "num_samples", 4, "restorations of each image")
+    classifier_path: str = changed(
+        ClassifierSampleOptions, "classifier_path", "", "checkpoint of a classifier of clean images, which says what is"
+        " restored",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- flags from options
@@ -339,12 +465,14 @@ def parse_float(text):
 
 def add_flag(parser, name, default, help=None, choices=None):
     """
-    Add --NAME VALUE, of the type of its default (None counts as text; a bare boolean flag means True), to an
-    argparse parser. What was not typed is absent from the parsed namespace unless the parser fills it in.
+    Add --NAME VALUE, of the type of its default (None counts as text; a bare boolean flag means True; a tuple takes
+    one text or more), to an argparse parser. What was not typed is absent from the parsed namespace unless the parser
+    fills it in.
     """
     kind = {bool: str2bool, int: parse_int, float: parse_float}.get(type(default), str)
-    bare = {"nargs": "?", "const": True} if kind is str2bool else {}
-    metavar = None if choices else type(default).__name__.upper() if default is not None else "STR"
+    several = isinstance(default, tuple)
+    bare = {"nargs": "?", "const": True} if kind is str2bool else {"nargs": "+"} if several else {}
+    metavar = None if choices else "STR" if default is None or several else type(default).__name__.upper()
     shown = f"{help or ''} (default: {default if str(default) else repr('')})".replace("%", "%%")
     parser.add_argument(f"--{name}", type=kind, choices=choices, metavar=metavar, help=shown, **bare)
 
@@ -384,6 +512,7 @@ def parse(description, *groups, argv=None):
         word = unknown[0].split("=")[0]
         parser.error(f"unknown flag {word}{nearest(word, [f'--{name}' for name in known])}")
     values = {name: field.default for name, field in known.items()} | vars(typed)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return argparse.Namespace(**values, explicit=set(vars(typed)))
 
 
@@ -475,9 +604,14 @@ def default_channel_mult(image_size, super_res=False):
     return (1, 2, 2, 2)[:levels]
 
 
-def levels(channel_mult, image_size, super_res=False):
-    """The width factors of the levels that --channel_mult and the image side give; ValueError as the two above."""
-    return parse_channel_mult(channel_mult) or default_channel_mult(image_size, super_res)
+def levels(channel_mult, image_size, super_res=False, film=False):
+    """
+    The width factors of the levels that --channel_mult and the image side give; ValueError as the two above.
+
+    :param film: of the network film, which has the same default for every side.
+    """
+    default = (1, 2, 4, 8) if film else None
+    return parse_channel_mult(channel_mult) or default or default_channel_mult(image_size, super_res)
 
 
 def attention_downsampling(text, image_size):
@@ -525,33 +659,138 @@ def check_classes(flags, classes):
         )
 
 
-def null_class(flags):
-    """
-    The label that stands for no label in a diffusion network of these flags, or None if it has none.
+def check_prompts(args, flags):
+    """Raise ValueError if SampleOptions' prompts, or the lack of them, do not suit a model of these flags."""
+    asked = args.prompts or args.prompt_vectors
+    if asked and not flags["vector_channels"]:
+        raise ValueError("--prompts and --prompt_vectors need a model of captions, trained with --vector_channels")
+    if flags["vector_channels"] and not asked and not nulls(flags):
+        raise ValueError(
+            "the model takes the vector of a text and, trained without --class_dropout, cannot do without: give"
+            " --prompts or --prompt_vectors"
+        )
 
-    :raises ValueError: if class_dropout is no probability below 1, or there are no labels to drop.
+
+def nulls(flags):
+    """
+    What stands for none in a diffusion network of these flags: {name of a condition: its null}, as `guidance.nulled`
+    takes it, of all its conditions, or {} if it was trained without dropping them.
+
+    :raises ValueError: if class_dropout is no probability below 1, or there are no conditions to drop.
     """
     rate = flags["class_dropout"]
     if not 0 <= rate < 1:
         raise ValueError(f"--class_dropout is how often the label is dropped, from 0 to below 1, not {rate}")
-    if rate and not flags["class_cond"]:
-        raise ValueError(f"--class_dropout {rate}: there are no labels to drop without --class_cond True")
-    return flags["num_classes"] if rate else None
+    found = {"y": flags["num_classes"]} if flags["class_cond"] else {}
+    found |= {"vector": 0.0} if flags.get("vector_channels") else {}
+    if rate and not found:
+        raise ValueError(
+            f"--class_dropout {rate}: there are no labels to drop without --class_cond True, and no vectors without"
+            " --vector_channels"
+        )
+    return found if rate else {}
 
 
 def check_guidance(args, flags):
     """Raise ValueError if SampleOptions ask a model of these flags for guidance that it cannot give."""
-    if args.guidance_scale != 1 and null_class(flags) is None and not args.guide_path:
+    if args.guidance_scale != 1 and not nulls(flags) and not args.guide_path:
         raise ValueError(
             f"--guidance_scale {args.guidance_scale}: the model was trained without --class_dropout and cannot predict"
-            " without a label: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide by"
-            " a classifier (classifier_sample.py)"
+            " without a condition: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide"
+            " by a classifier (classifier_sample.py)"
         )
-    if not 0 <= args.guidance_rescale <= 1:
-        raise ValueError(f"--guidance_rescale is a share from 0 to 1, not {args.guidance_rescale}")
-    for name in ("guide_path", "guidance_interval", "guidance_rescale"):
-        if args.guidance_scale == 1 and getattr(args, name):
+    for name in ("guidance_rescale", "guidance_projected", "dynamic_threshold"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
+    if args.guidance_rescale and args.guidance_projected != 1:
+        raise ValueError(
+            f"--guidance_rescale {args.guidance_rescale} and --guidance_projected {args.guidance_projected} are two"
+            " rules for the same thing: drop one of them"
+        )
+    for name in ("guide_path", "guidance_interval", "guidance_rescale", "guidance_projected"):
+        if args.guidance_scale == 1 and getattr(args, name) != getattr(SampleOptions, name):
             raise ValueError(f"--{name} has no effect at --guidance_scale 1: give another scale, as 2")
+
+
+# Samplers whose step looks at one prediction only.
+ONE_PREDICTION = ("ddpm", "ddim", "dpm_1", "euler", "euler_ancestral")
+
+
+def check_classifier_guidance(args):
+    """
+    Raise ValueError if ClassifierSampleOptions contradict one another or are out of range.
+
+    :return: (the strength at the first step, that at the last).
+    """
+    start, end = args.classifier_scale, classifier_scale_end(args)
+    sampler = args.sampler or ("ddim" if args.use_ddim else "ddpm")
+    if args.guidance_at == "mean" and sampler != "ddpm":
+        raise ValueError(
+            f"--guidance_at mean: {sampler} takes its step from the score and has no mean to guide at, only ancestral"
+            " sampling has (--sampler ddpm): keep x_t"
+        )
+    if args.classifier_every < 1:
+        raise ValueError(f"--classifier_every must be 1 or more, not {args.classifier_every}")
+    if args.classifier_every > 1 and sampler not in ONE_PREDICTION:
+        raise ValueError(
+            f"--classifier_every {args.classifier_every}: {sampler} compares the predictions of several rows, and would"
+            f" take guidance that comes and goes for their slope: keep 1, or use {', '.join(ONE_PREDICTION)}"
+        )
+    for name in ("classifier_normalize", "classifier_marginal"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}")
+    parse_interval(args.classifier_interval)
+    how = "classifier_marginal", "classifier_normalize", "classifier_interval", "classifier_every", "guidance_at"
+    for name in how:
+        if not (start or end) and getattr(args, name) != getattr(ClassifierSampleOptions, name):
+            raise ValueError(f"--{name} has no effect at --classifier_scale 0: give another scale, as 1")
+    return start, end
+
+
+def check_restoration(args):
+    """Raise ValueError if InpaintOptions contradict one another or are out of range."""
+    if args.method == "repaint" and args.task != "inpaint":
+        raise ValueError(f"--method repaint puts known pixels in place, and {args.task} has none: use --method dps")
+    if args.method == "repaint" and args.noise_std:
+        raise ValueError(
+            f"--method repaint takes the known pixels as they are: keep --noise_std 0, not {args.noise_std}, or use"
+            " --method dps"
+        )
+    if args.method == "repaint" and args.sampler not in ONE_PREDICTION:
+        raise ValueError(
+            f"--method repaint goes back and forth between rows, which {args.sampler} cannot: use"
+            f" {', '.join(ONE_PREDICTION)}"
+        )
+    smallest = {"repaint_jump": 1, "repaint_times": 1, "num_samples": 1, "noise_std": 0, "dps_scale": 0}
+    for name, least in smallest.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+    share_of_mask(args.mask)
+
+
+def share_of_mask(text):
+    """
+    The share of unknown pixels in --mask random:SHARE, or None for the other kinds of mask.
+
+    :raises ValueError: if it is no number from 0 to 1, or the mask is no kind and no file.
+    """
+    kind, colon, share = text.partition(":")
+    if kind == "random" and colon:
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            if 0 <= parse_float(share) <= 1:
+                return float(share)
+        raise ValueError(f"cannot read --mask {text}: give a share from 0 to 1, as random:0.5")
+    if text not in ("half", "box") and not os.path.isfile(text):
+        raise ValueError(f"--mask {text} is no file and none of half, box and random:SHARE")
+    return None
+
+
+def classifier_scale_end(args):
+    """--classifier_scale_end as a number; where it is empty, --classifier_scale. Raises ValueError for other text."""
+    try:
+        return parse_float(args.classifier_scale_end) if args.classifier_scale_end else args.classifier_scale
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--classifier_scale_end: {error}") from None
 
 
 def parse_interval(text):

@@ -84,17 +84,22 @@ class GaussianDiffusion(Process):
             sigma_data=self.sigma_data,
         )
 
-    def predictor(self, model, clip_denoised=True, denoised_fn=None, cond_fn=None, guide=None):
+    def predictor(self, model, clip_denoised=True, denoised_fn=None, cond_fn=None, guide=None, steer=None):
         """
         The network as a predictor `(x, t, **model_kwargs) -> Prediction`: read, then mixed by `guide` (a function from
-        predictor to predictor, such as classifier-free guidance), then clipped, then guided by the gradient cond_fn.
+        predictor to predictor, such as classifier-free guidance), then clipped, then guided by the gradient cond_fn,
+        then by `steer` (another such function, for gradients that are more than a cond_fn).
         """
         predict = prediction.predictor(self, model, self.model_mean_type, self.model_var_type)
         predict = predict if guide is None else guide(predict)
         predict = prediction.clipped(predict, self, clip_denoised, denoised_fn)
-        if cond_fn is None:
-            return predict
-        return guidance.classifier_guided(predict, lambda x, t, **cond: cond_fn(x, self.clock(t), **cond))
+        if cond_fn is not None:
+            predict = guidance.classifier_guided(predict, self.told_rows(cond_fn))
+        return predict if steer is None else steer(predict)
+
+    def told_rows(self, cond_fn):
+        """A cond_fn, which is told the network's timesteps, as a function of rows: `(x, t, **cond) -> like x`."""
+        return lambda x, t, **cond: cond_fn(x, self.clock(t), **cond)
 
     # ------------------------------------------------------------------------------------------ one reverse step
 

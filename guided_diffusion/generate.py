@@ -12,6 +12,22 @@ import torch as th
 from . import checkpoint, dist_util, pictures, sampling
 
 
+def planned(diffusion, use_ddim=False, eta=0.0, sampler="", steps=0, spacing=""):
+    """
+    The walk that options ask for: (step rule, the process with the rows that it keeps).
+
+    :param sampler, steps, spacing: as `sampling.plan` takes them, in place of use_ddim; empty or 0: the usual ones.
+    :raises ValueError: as `sampling.plan`, and for steps or spacing without a sampler.
+    """
+    if sampler:
+        options = {"eta": eta} if eta else {}
+        rule, rows = sampling.plan(diffusion, sampler, steps or None, spacing or None, **options)
+        return rule, diffusion.spaced(rows)
+    if steps or spacing:
+        raise ValueError("steps and spacing belong to a sampler: name one by --sampler, or use --timestep_respacing")
+    return partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm, diffusion
+
+
 def sample_stream(
     diffusion,
     model,
@@ -22,63 +38,89 @@ def sample_stream(
     seed=0,
     labels=None,
     num_classes=0,
-    use_ddim=False,
-    eta=0.0,
-    sampler="",
-    steps=0,
-    spacing="",
+    vectors=None,
+    rule=None,
     clip_denoised=True,
+    denoised_fn=None,
     cond_fn=None,
     guide=None,
+    steer=None,
     device="cpu",
     rank=0,
     num_ranks=1,
     progress=False,
     on_step=None,
+    **walk,
 ):
     """
     Draw this rank's samples batch by batch and yield `(indices, x [n,C,H,W] in [-1,1], labels [n] or None)`.
 
-    :param model: `(x, timesteps, y=None)`; without classes it is called without y.
+    :param model: `(x, timesteps, y=None, vector=None)`; without classes it is called without y, without vectors without
+        vector.
     :param shape: of one sample, (C, H, W).
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
-    :param sampler, steps, spacing: as `sampling.plan` takes them, in place of use_ddim; empty or 0: the usual ones.
-    :param cond_fn: guidance, `(x, timesteps, y) -> like x`, or None.
-    :param guide: a function from predictor to predictor, applied before clipping, or None.
+    :param vectors: float [P,D], given to the samples in turn, or None.
+    :param rule: a step rule, which walks all rows of the process; None: what `planned` makes of `walk`.
+    :param denoised_fn, cond_fn, guide, steer: as `GaussianDiffusion.predictor` takes them; rows are those of the walk.
+    :param walk: use_ddim, eta, sampler, steps, spacing.
     :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
     :raises ValueError: for no samples or no batch.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be 1 or more, not {num_samples} and {batch_size}")
-    rule = partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm
-    if sampler:
-        rule, rows = sampling.plan(diffusion, sampler, steps or None, spacing or None, **({"eta": eta} if eta else {}))
-        diffusion = diffusion.spaced(rows)
-    elif steps or spacing:
-        raise ValueError("steps and spacing belong to a sampler: name one by --sampler, or use --timestep_respacing")
-    predict = diffusion.predictor(model, clip_denoised, cond_fn=cond_fn, guide=guide)
+    if rule is None:
+        rule, diffusion = planned(diffusion, **walk)
+    predict = diffusion.predictor(model, clip_denoised, denoised_fn, cond_fn, guide, steer)
     mine = range(rank, num_samples, num_ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    with _bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
+    with progress_bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
         for number, indices in enumerate(batches):
             noise = sampling.SeededNoise(seed, indices, device)
             y = noise.integers(num_classes) if num_classes else None
             if labels is not None:
                 y = th.tensor([labels[i] for i in indices], device=device)
             cond = {} if y is None else {"y": y}
-            walk = sampling.sample(diffusion, predict, rule, noise.normal(*shape), noise=noise, cond=cond)
-            for step, (x, pred) in enumerate(walk, 1):
+            if vectors is not None:
+                cond["vector"] = vectors[[i % len(vectors) for i in indices]].to(device)
+            steps = sampling.sample(diffusion, predict, rule, noise.normal(*shape), noise=noise, cond=cond)
+            for step, (x, pred) in enumerate(steps, 1):
                 bar.update()
                 if on_step:
                     on_step(indices, diffusion.num_timesteps - step, x, pred)
             bar.update((number + 1) * diffusion.num_timesteps - bar.n)  # a step may take several rows
-            if not x.isfinite().all():
-                raise ArithmeticError(f"the network gave values that are not finite for samples {list(indices)}")
+            _check_finite(x, indices)
             bar.set_postfix(images=f"{min((number + 1) * batch_size * num_ranks, num_samples)}/{num_samples}")
             yield indices, x, y
 
 
-def _bar(total, show):
+def through(walk, count, batch_size, steps):
+    """
+    Where walks end, for `count` samples in batches, with a progress bar: [count, ...].
+
+    :param walk: `(range of indices) -> iterable of (x, Prediction)`, a step each.
+    :param steps: how many steps each has.
+    :raises ArithmeticError: if samples are not finite.
+    """
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"there must be 1 image or more, in batches of 1 or more, not {count} and {batch_size}")
+    batches, ends = [range(count)[first : first + batch_size] for first in range(0, count, batch_size)], []
+    with progress_bar(len(batches) * steps) as bar:
+        for indices in batches:
+            for each, _ in walk(indices):
+                x = each
+                bar.update()
+            _check_finite(x, indices)
+            ends.append(x)
+    return th.cat(ends)
+
+
+def _check_finite(x, indices):
+    if not x.isfinite().all():
+        raise ArithmeticError(f"the network gave values that are not finite for samples {list(indices)}")
+
+
+def progress_bar(total, show=True):
+    """A bar of so many steps on stderr."""
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc="sampling", unit="step", disable=not show, mininterval=0.5)
@@ -97,18 +139,31 @@ def collect(stream):
     return images, None if parts[0][2] is None else np.concatenate([y for _, _, y in parts])[order].astype(np.int64)
 
 
-def save_samples(folder, images, labels=None, class_names=None, picture=True):
+def save_samples(folder, images, labels=None, class_names=None, picture=True, prompts=()):
     """
     Write samples_NxHxWxC.npz with arr_0 (uint8 [N,H,W,C]) and, with labels, arr_1; beside it a picture of some.
 
+    :param prompts: texts that the samples were drawn for in turn: `texts` [N] in the npz, the rows of the picture.
     :return: the path of the npz.
     """
-    path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
-    arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
-    with checkpoint.writing(path) as file:
-        np.savez(file, **arrays)
+    more = {}
+    if prompts:
+        class_names, names_of = list(prompts), np.arange(len(images)) % len(prompts)
+        more["texts"] = np.array(class_names)[names_of]
+    path = save_arrays(folder, "samples", images, labels, **more)
+    labels = names_of if prompts else labels
     if picture:
         save_class_grid(path[: -len("npz")] + "png", images, labels, class_names)
+    return path
+
+
+def save_arrays(folder, name, first, second=None, **more):
+    """Write NAME_NxCxHxW.npz with arr_0, unless it is None arr_1, and more arrays by name. Returns its path."""
+    path = os.path.join(folder, f"{name}_{'x'.join(map(str, first.shape))}.npz")
+    arrays = {f"arr_{k}": np.asarray(th.as_tensor(each).cpu()) for k, each in enumerate((first, second))
+              if each is not None}  # fmt: skip
+    with checkpoint.writing(path) as file:
+        np.savez(file, **arrays, **more)
     return path
 
 

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 import torch as th
 import torch.nn.functional as F
 
-from .prediction import eps_from_x0, mean_of
+from .prediction import check_gradient, eps_from_x0, mean_of, row_of
 
 # ---------------------------------------------------------------------------------------------------------- scales
 
@@ -40,6 +40,12 @@ def within(scale, first, last):
         return th.where((first <= t) & (t <= last), value, 1.0)
 
     return schedule
+
+
+def ramp(process, start, end):
+    """A scale that goes in even steps over the rows, from `start` at the noisiest to `end` at row 0."""
+    last = process.num_timesteps - 1
+    return lambda t: start + (end - start) * ((last - t) / max(last, 1))
 
 
 def _spread(values, x):
@@ -90,33 +96,35 @@ def attached(pred, grad, t):
     """
     A prediction with a gradient [N, ...] more, added to what it has, so that guidances wrapped in one another add up.
 
-    :raises ArithmeticError: if the gradient is not finite; the error names the row.
+    :raises ArithmeticError: if the gradient is not finite; the error names the row. (See `prediction.check_gradient`.)
     """
-    good = grad.isfinite().flatten(1).all(1)                                  # [N]
-    if not good.all():
-        k = int((~good).nonzero()[0])
-        raise ArithmeticError(
-            f"the gradient that guides (cond_fn) is not finite at row {int(t[k])}, for sample {k} of the batch"
-        )
+    check_gradient(grad, t)
     return replace(pred, grad=grad if pred.grad is None else pred.grad + grad)
 
 
-def classifier_gradient(classifier, scale=1.0):
+def classifier_gradient(classifier, scale=1.0, marginal=1.0):
     """
     The usual `cond_fn(x, t, y)`: scale times the gradient of log p(y | x_t) with respect to x_t.
 
+    The logits f_y stand for log p(x_t, y) up to a constant, and their logsumexp for log p(x_t): what is differentiated
+    is f_y - marginal * logsumexp f, so that the joint and the marginal density can weigh differently (after Ma et al.
+    2023, arXiv 2310.11311). With marginal 0 only the joint pulls.
+
     :param classifier: `(x, t) -> logits [N, K]`, with t what it was trained on.
+    :param scale, marginal: scales as this module's head says, functions being told the t of the classifier.
     :return: `(x [N, ...], t [N], y [N]) -> [N, ...]`; samples do not influence one another.
     """
 
-    def cond_fn(x, t, y=None):
+    def cond_fn(x, t, y=None, **_):
         if y is None:
             raise ValueError("classifier guidance needs the classes to ask for: pass y")
         with th.enable_grad():
             x = x.detach().requires_grad_(True)
-            log_p = F.log_softmax(classifier(x, t).float(), dim=-1)  # [N,K]
-            chosen = log_p.gather(1, y.view(-1, 1)).sum()
-            return th.autograd.grad(chosen, x)[0] * scale
+            logits = classifier(x, t)                                         # [N,K]
+            logits = logits.to(th.promote_types(logits.dtype, th.float32))
+            log_p = F.log_softmax(logits, dim=-1).gather(1, y.view(-1, 1))[:, 0]
+            log_p = log_p + (1 - scale_like(marginal, t, log_p)) * logits.logsumexp(1)
+            return th.autograd.grad(log_p.sum(), x)[0] * scale_like(scale, t, x)
 
     return cond_fn
 
@@ -248,9 +256,9 @@ def at_rows(guided, plain, chosen):
     """
     One predictor at the rows where `chosen(row)` and another elsewhere; only one of them runs.
 
-    t must be equal in the batch, as in the driver; its value is looked at, for which a GPU is waited for.
+    t must be equal in the batch, as in the driver, which tells the row without a look at the device.
     """
-    return lambda x, t, **cond: (guided if chosen(int(t[0])) else plain)(x, t, **cond)
+    return lambda x, t, **cond: (guided if chosen(row_of(t)) else plain)(x, t, **cond)
 
 
 def interval(guided, plain, first, last):

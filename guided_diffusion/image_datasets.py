@@ -1,5 +1,5 @@
 """
-Images and labels, from a folder or an npz file, as an endless stream of batches.
+Images, labels and vectors of captions, from a folder or an npz file, as an endless stream of batches.
 
 Which image comes when, and how it is flipped and cropped, follows from (seed, epoch, index of the image) alone. So the
 stream is the same for any number of workers, and R ranks with batches of B see together, at each step, the very images
@@ -25,8 +25,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 LABEL_RULES = ("auto", "prefix", "folder")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-# First word of a seed, which keeps the two families of random numbers apart.
-_ORDER, _ITEM = 0, 1
+# First word of a seed, which keeps the families of random numbers apart.
+_ORDER, _ITEM, _TEXT = 0, 1, 2
 
 
 class UnreadableImage(ValueError):
@@ -40,14 +40,14 @@ class UnreadableImage(ValueError):
 def load_data(
     *, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False, random_flip=True,
     image_channels=3, num_classes=None, num_workers=1, seed=0, skip_bad_images=False, class_names=None,
-    label_from="auto", rank=0, num_ranks=1, first_batch=0,
+    label_from="auto", rank=0, num_ranks=1, first_batch=0, vector_channels=0,
 ):
     """
     Open `data_dir` and return an `ImageBatches`: an endless iterator of (x0, cond), where x0 is float32 [N,C,H,W] in
-    [-1,1] and cond is {"y": int64 [N]} or, without `class_cond`, {}.
+    [-1,1] and cond holds, with `class_cond`, "y" int64 [N] and, with `vector_channels`, "vector" float32 [N,D].
 
     :param data_dir: a folder of images (searched in depth) or an npz file with `arr_0` uint8 [N,H,W,C] and, for labels,
-        `arr_1` integers [N].
+        `arr_1` integers [N], for vectors `vectors` floats [N,D] or, where an image has M texts, [N,M,D].
     :param batch_size: images in a batch of this rank.
     :param deterministic: keep the order of the files in every epoch.
     :param num_classes: if given, labels must lie in 0..num_classes-1.
@@ -58,18 +58,20 @@ def load_data(
         `data_dir` are sorted alphabetically.
     :param label_from: where a file's class name stands: "prefix" = its name up to the first "_"; "folder" = the first
         folder below data_dir; "auto" = prefix where every name has one and they differ, else folder.
+    :param vector_channels: D, the width of the vectors to give with the images; 0: none. Of M vectors one is drawn for
+        each image in each epoch.
     :param first_batch: begin this many batches later; a resumed run goes on where it stopped.
     :raises ValueError, FileNotFoundError: data or options that cannot work, before anything is decoded. An unreadable
         image raises ValueError from the batch that meets it.
     """
-    source = _open_source(data_dir, class_cond, label_from, class_names)
+    source = _open_source(data_dir, class_cond, label_from, class_names, vector_channels)
     batches_per_epoch = _batches_per_epoch(data_dir, len(source.images), batch_size, num_ranks)
     if class_cond:
         _check_labels(source, num_classes)
         source.class_names = source.class_names or [str(label) for label in range(source.labels.max() + 1)]
     dataset = ImageDataset(
         image_size, source.images, source.labels, random_crop=random_crop, random_flip=random_flip,
-        image_channels=image_channels, seed=seed,
+        image_channels=image_channels, seed=seed, vectors=source.vectors,
     )
     order_seed = None if deterministic else seed
     loader = DataLoader(
@@ -108,9 +110,9 @@ class ImageBatches:
     The endless iterator that `load_data` returns.
 
     Attributes: `num_images` in the data; `batches_per_epoch` of this rank; `class_names` [list of str; the numbers
-    where labels have no names; None without labels]; `label_rule`, a phrase for the log; `fingerprint`, a
-    text that other data would not have (of files, their names and order alone); `bad_images`, how many files were
-    skipped so far.
+    where labels have no names; None without labels]; `label_rule`, a phrase for the log; `text_encoder`, the name of
+    what made the vectors, or None; `fingerprint`, a text that other data would not have (of files, their names and
+    order alone); `bad_images`, how many files were skipped so far.
     """
 
     def __init__(self, loader, source, batches_per_epoch, fingerprint):
@@ -119,6 +121,7 @@ class ImageBatches:
         self.class_names = source.class_names
         self.label_rule = source.rule
         self.fingerprint = fingerprint
+        self.text_encoder = source.text_encoder
         self._bad = set()
         self._batches = iter(loader)
 
@@ -148,12 +151,14 @@ class ImageBatches:
 
 class ImageDataset(Dataset):
     """
-    One shard of a set of images; an item is (float32 [C,S,S] in [-1,1], {"y": int64} or {}).
+    One shard of a set of images; an item is (float32 [C,S,S] in [-1,1], {"y": int64, "vector": float32 [D]}), of which
+    the dict holds what there is.
 
-    `dataset[i]` draws a fresh flip and crop; `dataset[epoch, i]` draws those of (seed, epoch, i).
+    `dataset[i]` draws a fresh flip, crop and vector; `dataset[epoch, i]` draws those of (seed, epoch, i).
 
     :param image_paths: files, or one uint8 array [N,H,W,C].
     :param classes: a label for each, or None.
+    :param vectors: floats [N,D], or [N,M,D] to draw one of M from, or None.
     :raises UnreadableImage: from an item whose file cannot be decoded.
     """
 
@@ -169,6 +174,7 @@ class ImageDataset(Dataset):
         *,
         image_channels=3,
         seed=0,
+        vectors=None,
     ):
         super().__init__()
         if image_channels not in MODES:
@@ -176,6 +182,7 @@ class ImageDataset(Dataset):
         self.resolution = resolution
         self.local_images = image_paths[shard:][::num_shards]
         self.local_classes = None if classes is None else classes[shard:][::num_shards]
+        self.local_vectors = None if vectors is None else vectors[shard:][::num_shards]
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.mode = MODES[image_channels]
@@ -197,9 +204,20 @@ class ImageDataset(Dataset):
         if flip:
             pixels = pixels[:, ::-1]
         x0 = np.transpose(pixels.astype(np.float32) / 127.5 - 1, [2, 0, 1])  # [C,S,S]
-        if self.local_classes is None:
-            return x0, {}
-        return x0, {"y": np.array(self.local_classes[index], dtype=np.int64)}
+        cond = {}
+        if self.local_classes is not None:
+            cond["y"] = np.array(self.local_classes[index], dtype=np.int64)
+        if self.local_vectors is not None:
+            cond["vector"] = self._vector(index, key)
+        return x0, cond
+
+    def _vector(self, index, key):
+        """[D]; drawn by numbers of its own, so that crops and flips are the same with it and without."""
+        vectors = self.local_vectors[index].astype(np.float32)                    # [D] or [M,D]
+        if vectors.ndim == 1:
+            return vectors
+        rng = np.random.default_rng((_TEXT, self.seed, *key) if isinstance(key, tuple) else None)
+        return vectors[rng.integers(len(vectors))]
 
 
 def center_crop_arr(pil_image, image_size):
@@ -291,9 +309,8 @@ class _BatchReader(Dataset):
         except UnreadableImage as error:
             return error
         x0 = torch.from_numpy(np.stack([x for x, _ in items]))  # [N,C,S,S]
-        if self.dataset.local_classes is None:
-            return x0, {}, bad
-        return x0, {"y": torch.from_numpy(np.stack([extra["y"] for _, extra in items]))}, bad
+        names = items[0][1]
+        return x0, {name: torch.from_numpy(np.stack([cond[name] for _, cond in items])) for name in names}, bad
 
     def _read(self, epoch, index, bad):
         for offset in range(len(self.dataset)):
@@ -316,19 +333,26 @@ class _Source:
     labels: np.ndarray | None = None  # int64 [N]
     class_names: list | None = None
     rule: str = "no labels"
+    vectors: np.ndarray | None = None  # floats [N,D] or [N,M,D]
+    text_encoder: str | None = None
 
 
-def _open_source(data_dir, class_cond, label_from, class_names):
+def _open_source(data_dir, class_cond, label_from, class_names, vector_channels=0):
     if not data_dir:
         raise ValueError("unspecified data directory: pass --data_dir with a folder of images or an npz file")
     if label_from not in LABEL_RULES:
         raise ValueError(f"label_from is {label_from!r}; choose one of {', '.join(LABEL_RULES)}")
     data_dir = str(data_dir).rstrip("/") or "/"
     if data_dir.endswith(".npz"):
-        return _open_npz(data_dir, class_cond, class_names)
+        return _open_npz(data_dir, class_cond, class_names, vector_channels)
     if "://" not in data_dir and not os.path.isdir(data_dir):
         kind = "is neither a folder nor an npz file" if os.path.exists(data_dir) else "does not exist"
         raise FileNotFoundError(f"data_dir {data_dir} {kind}")
+    if vector_channels:
+        raise ValueError(
+            f"{data_dir} is a folder, and vectors (vector_channels {vector_channels}) come with the images of an npz:"
+            " datasets/captions.py makes one of a labelled folder"
+        )
     paths = _list_image_files_recursively(data_dir)
     if not paths:
         raise ValueError(f"no images in {data_dir}: looked in depth for files named *.{', *.'.join(EXTENSIONS)}")
@@ -406,10 +430,10 @@ def _shorten(names, most=10):
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _open_npz(path, class_cond, class_names):
+def _open_npz(path, class_cond, class_names, vector_channels):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"data_dir {path} does not exist")
-    arrays = _read_npz(path)
+    arrays = _read_npz(path, ("vectors", "text_encoder") if vector_channels else ())
     if "arr_0" not in arrays:
         raise ValueError(f"{path} has no array arr_0 (uint8 [N,H,W,C])")
     images = arrays["arr_0"]
@@ -417,9 +441,30 @@ def _open_npz(path, class_cond, class_names):
         raise ValueError(
             f"{path}: arr_0 is {images.dtype} {list(images.shape)}; it must be uint8 [N,H,W,C] with C 1, 3 or 4"
         )
-    if not class_cond:
-        return _Source(images)
-    labels = arrays.get("arr_1")
+    source = _Source(images)
+    if vector_channels:
+        source.vectors = _checked_vectors(path, arrays.get("vectors"), len(images), vector_channels)
+        source.text_encoder = str(arrays.get("text_encoder", "")) or None
+    return _with_labels(source, path, arrays, class_names) if class_cond else source
+
+
+def _checked_vectors(path, vectors, count, size):
+    if vectors is None:
+        raise ValueError(f"{path} has no array vectors (floats [N,D] or [N,M,D]); datasets/captions.py makes it")
+    fits = vectors.ndim in (2, 3) and vectors.shape[0] == count and vectors.shape[-1] == size and vectors.size
+    if not fits or vectors.dtype.kind != "f":
+        raise ValueError(
+            f"{path}: vectors is {vectors.dtype} {list(vectors.shape)}; for {count} images and vector_channels {size}"
+            f" it must be floats [{count},{size}] or [{count},M,{size}]"
+        )
+    bad = ~np.isfinite(vectors).reshape(count, -1).all(1)
+    if bad.any():
+        raise ValueError(f"{path}: vectors of image {int(bad.argmax())} hold values that are not finite")
+    return vectors
+
+
+def _with_labels(source, path, arrays, class_names):
+    images, labels = source.images, arrays.get("arr_1")
     if labels is None:
         raise ValueError(f"{path} has no labels: class_cond needs arr_1, one integer an image")
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
@@ -428,16 +473,18 @@ def _open_npz(path, class_cond, class_names):
         )
     if class_names is None and "class_names" in arrays:
         class_names = arrays["class_names"].tolist()
-    return _Source(images, labels.astype(np.int64), None if class_names is None else list(class_names), "arr_1")
+    source.labels, source.rule = labels.astype(np.int64), "arr_1"
+    source.class_names = None if class_names is None else list(class_names)
+    return source
 
 
-def _read_npz(path):
+def _read_npz(path, more):
     try:
         archive = np.load(path, allow_pickle=False)
         if not hasattr(archive, "files"):
             raise ValueError("it is a single array")
         with archive:
-            return {name: archive[name] for name in ("arr_0", "arr_1", "class_names") if name in archive.files}
+            return {name: archive[name] for name in ("arr_0", "arr_1", "class_names", *more) if name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read {path} as an npz of plain arrays: {error}") from error
 

@@ -79,7 +79,8 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
     tensors = [value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, th.Tensor)]
     if not tensors:
         raise TypeError("at least one argument of normal_kl must be a tensor")
-    logvar1, logvar2 = (th.as_tensor(value).to(tensors[0]) for value in (logvar1, logvar2))
+    like = {"dtype": tensors[0].dtype, "device": tensors[0].device}
+    logvar1, logvar2 = (th.as_tensor(value, **like) for value in (logvar1, logvar2))
     square = (mean1 - mean2) ** 2 * th.exp(-logvar2)
     return 0.5 * (-1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + square)
 

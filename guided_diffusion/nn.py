@@ -140,3 +140,17 @@ def convert_module_to_f32(module):
     """Undo `convert_module_to_f16`."""
     if isinstance(module, tuple(_CONVS.values())):
         module.float()
+
+
+class HalfBody:
+    """A network with a body, the modules of `_half_modules()`, that can compute in half precision."""
+
+    def convert_to_fp16(self):
+        """Turn the convolutions of the body to float16; linear layers, norms, embeddings and the end stay float32."""
+        for module in self._half_modules():
+            module.apply(convert_module_to_f16)
+
+    def convert_to_fp32(self):
+        """Undo convert_to_fp16."""
+        for module in self._half_modules():
+            module.apply(convert_module_to_f32)

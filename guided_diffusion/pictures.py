@@ -1,5 +1,5 @@
 """
-Tensors to pixels, and pictures for people: grids of images with captions, strips of a process, curves.
+Tensors to pixels and back, and pictures for people: grids of images with captions, strips of a process, curves.
 
 Pictures need Pillow, curves matplotlib; both are imported on use.
 """
@@ -25,6 +25,26 @@ def to_uint8(x):
     scores are compared with theirs.
     """
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [N,H,W,C]
+
+
+def psnr(x, truth):
+    """Peak signal-to-noise ratio of [N,C,H,W] in [-1,1], in dB: 10 log10(4 / mean square error), [N]; inf if equal."""
+    return 10 * torch.log10(4 / (x - truth).square().flatten(1).mean(1))
+
+
+def read_mask(path, height, width):
+    """
+    A picture as bool [height,width], true where it is white (128 or more, as grey).
+
+    :raises ValueError: if it has another size.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        mask = torch.from_numpy(np.array(image.convert("L")) >= 128)
+    if mask.shape != (height, width):
+        raise ValueError(f"the mask {path} has {mask.shape[0]} x {mask.shape[1]} pixels, the images {height} x {width}")
+    return mask
 
 
 def grid(images, columns, row_labels=None, column_labels=None, title=None, tile=48, gap=4):

@@ -47,6 +47,55 @@ class Prediction:
     mean: th.Tensor | None = None
 
 
+# --------------------------------------------------------------------------------- rows that the host knows too
+
+def rows_at(row, count, device, doubts=None):
+    """
+    t [count] int64, `row` in every place, which also tells the host what it is, so that wrappers that choose by row
+    need not wait for a GPU: `t.row`. In a walk it carries `t.doubts` as well, what is to be checked when the walk ends.
+    """
+    t = th.full((count,), row, dtype=th.int64, device=device)
+    t.row, t.doubts = row, doubts
+    return t
+
+
+def row_of(t):
+    """The row that stands in every place of t; a GPU is waited for only if t does not come from `rows_at`."""
+    row = getattr(t, "row", None)
+    return int(t[0]) if row is None else row
+
+
+def check_gradient(grad, t):
+    """
+    Raise ArithmeticError, with the row, if a gradient that guides is not finite. On a GPU within a walk, where a look
+    would wait for the device, it is noted in `t.doubts`, and `settle` raises when the walk ends.
+
+    :param grad: [N, ...].
+    :param t: [N] rows.
+    """
+    good = grad.isfinite().flatten(1).all(1)                                  # [N]
+    doubts = getattr(t, "doubts", None)
+    if doubts is None or _at_hand(grad):
+        settle([(t, good)])
+    else:
+        doubts.append((t, good))
+
+
+def _at_hand(tensor):
+    return tensor.device.type == "cpu"
+
+
+def settle(doubts):
+    """Raise ArithmeticError for the first of the pairs (t [N], whether each sample's gradient is finite [N])."""
+    if not doubts or th.stack([good.all() for _, good in doubts]).all():  # one look at the device
+        return
+    t, good = next(pair for pair in doubts if not pair[1].all())
+    k = int((~good).nonzero()[0])
+    raise ArithmeticError(
+        f"the gradient that guides (cond_fn) is not finite at row {int(t[k])}, for sample {k} of the batch"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- conversions
 
 def x0_from_eps(process, x, t, eps):

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, health, logger, runs
-from .generate import collect, sample_stream, save_samples
+from . import checkpoint, config, dist_util, guidance, health, logger, runs, text
+from .generate import collect, planned, sample_stream, save_samples
 from .image_datasets import load_data
 from .script_util import open_diffusion
 
@@ -72,6 +72,11 @@ def class_names(path):
     return (checkpoint.read_config(path) or {}).get("class_names") if path else None
 
 
+def text_encoder(path):
+    """The encoder of the captions that a checkpoint was trained on, or None where nothing tells."""
+    return (checkpoint.read_config(path) or {}).get("text_encoder") if path else None
+
+
 def log_network(path, flags):
     """Log what a checkpoint turned out to be: its options that are not the defaults."""
     groups = config.ModelOptions, config.ClassifierOptions, config.DiffusionOptions
@@ -83,7 +88,7 @@ def log_network(path, flags):
 def open_training_data(args, flags, class_cond):
     """The stream of training images; of a resumed run, from where it stopped and with the labels that it had."""
     batch = max(args.batch_size, 1) * dist_util.world_size()
-    return open_data(
+    data = open_data(
         args,
         flags,
         args.data_dir,
@@ -91,8 +96,16 @@ def open_training_data(args, flags, class_cond):
         random_crop=args.random_crop,
         random_flip=args.random_flip,
         class_names=class_names(args.resume_checkpoint),
+        vector_channels=flags.get("vector_channels", 0),
         first_batch=runs.images_seen(args.resume_checkpoint, batch) // batch,
     )
+    known = text_encoder(args.resume_checkpoint)
+    if known and data.text_encoder != known:
+        raise ValueError(
+            f"{args.resume_checkpoint} was trained on vectors made by {known}, and those of {args.data_dir} are made by"
+            f" {data.text_encoder}: give data with vectors of the same kind"
+        )
+    return data
 
 
 def open_validation_data(args, flags, class_cond, names):
@@ -103,16 +116,17 @@ def open_validation_data(args, flags, class_cond, names):
         raise ValueError(f"--eval_interval must be 1 or more, not {args.eval_interval}")
     done = checkpoint.parse_resume_step_from_filename(args.resume_checkpoint) // args.eval_interval
     return open_data(
-        args, flags, args.val_data_dir, class_cond=class_cond, random_flip=False, class_names=names, first_batch=done
-    )
+        args, flags, args.val_data_dir, class_cond=class_cond, random_flip=False, class_names=names,
+        vector_channels=flags.get("vector_channels", 0), first_batch=done,
+    )  # fmt: skip
 
 
-def begin_run(args, folder, kind, flags, data):
+def begin_run(args, folder, kind, flags, data, **extra):
     """Write config.json and run.json, once it is known that all options fit. Collective."""
 
     def write():
         runs.record(folder, args, data, args.resume_checkpoint if runs.is_own(folder, args.resume_checkpoint) else None)
-        checkpoint.write_config(folder, kind, flags, class_names=data.class_names)
+        checkpoint.write_config(folder, kind, flags, class_names=data.class_names, **extra)
 
     dist_util.from_main(write)
 
@@ -142,9 +156,46 @@ def open_data(args, flags, data_dir, **how):
     return data
 
 
+def open_images(args, flags, labelled):
+    """
+    The images that a program is asked to work on: (x [N,C,H,W] in [-1,1], labels [N] or None).
+
+    :param labelled: whether labels are needed; --classes gives them, else the data.
+    :raises ValueError: for fewer images than --num_images, besides what `load_data` refuses.
+    """
+    names = class_names(args.model_path) or class_names(getattr(args, "classifier_path", ""))
+    data = load_data(
+        data_dir=args.data_dir,
+        batch_size=1,
+        image_size=flags["image_size"],
+        image_channels=flags["image_channels"],
+        class_cond=labelled and not args.classes,
+        class_names=names,
+        random_flip=False,
+        num_workers=0,
+        label_from=args.label_from,
+        seed=args.seed,
+    )
+    if not 1 <= args.num_images <= data.num_images:
+        raise ValueError(
+            f"--num_images must be from 1 to the {data.num_images} in {args.data_dir}, not {args.num_images}"
+        )
+    x, cond = zip(*(next(data) for _ in range(args.num_images)))
+    labels = config.parse_classes(args.classes, flags["num_classes"], args.num_images, names)
+    if labels is None and labelled:
+        labels = [each["y"].item() for each in cond]
+    return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
+
+
+def alone():
+    """Raise ValueError if several processes run a program that does its work in one."""
+    if dist_util.world_size() > 1:
+        raise ValueError(f"this program runs in one process, not in {dist_util.world_size()}: use no launcher")
+
+
 def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
-    names = "batch_size microbatch lr weight_decay iterations log_interval save_interval resume_checkpoint"
+    names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed lr_schedule lr_warmup eval_interval keep_last keep_every keep_best"
     names += " background_save max_minutes"
     return {name: getattr(args, name) for name in names.split()} | {"progress": True, "flags": flags}
@@ -178,47 +229,129 @@ def guide_of(args, flags, diffusion):
     """
     The guidance that SampleOptions ask for before clipping, classifier-free or by a worse model: a function from
     predictor to predictor, or None. Raises ValueError where the model, or the two, cannot give it.
+
+    :param diffusion: the process that is walked.
     """
     config.check_guidance(args, flags)
-    low, high = config.parse_interval(args.guidance_interval)
+    first, last = rows_between(diffusion, args.guidance_interval)
     if args.guidance_scale == 1:
         return None
     how = {"scale": args.guidance_scale, "combine": guidance.linear}
     if args.guidance_rescale:
         how["combine"] = guidance.rescaled(diffusion, args.guidance_rescale)
-    sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
-    first, last = np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+    if args.guidance_projected != 1:
+        how["combine"] = guidance.projected(diffusion, args.guidance_projected)
     worse = worse_model(args, flags) if args.guide_path else None
 
     def guide(predict):
         if worse:
             guided = guidance.mix(predict, worse, **how)
         else:
-            null = {"y": config.null_class(flags)}
-            guided = guidance.classifier_free(predict, null, batched=args.guidance_batched, **how)
+            guided = guidance.classifier_free(predict, config.nulls(flags), batched=args.guidance_batched, **how)
         return guidance.interval(guided, predict, first, last) if args.guidance_interval else guided
 
     return guide
+
+
+def vectors_of(args, flags):
+    """
+    The vectors that SampleOptions ask a model of these flags for, float32 [P,D]: of its prompts, or of the file, or one
+    of zeros, which stands for none; None if it takes none.
+
+    :raises ValueError: if they cannot be had, or do not fit the model.
+    """
+    config.check_prompts(args, flags)
+    size = flags["vector_channels"]
+    if not size:
+        return None
+    if args.prompt_vectors:
+        vectors = text.read_vectors(args.prompt_vectors)
+        if vectors.shape != (len(vectors), size):
+            raise ValueError(f"{args.prompt_vectors} holds vectors {list(vectors.shape)}; the model takes [P,{size}]")
+        if len(args.prompts) not in (0, len(vectors)):
+            raise ValueError(
+                f"{args.prompt_vectors} holds {len(vectors)} vectors, and there are {len(args.prompts)} --prompts to"
+                " name them: give as many, or none"
+            )
+        return th.from_numpy(vectors)
+    if not args.prompts:
+        return th.zeros(1, size)
+    encoder = text_encoder(args.model_path)
+    if not encoder:
+        raise ValueError(f"nothing beside {args.model_path} tells how its texts were encoded: give --prompt_vectors")
+    return th.from_numpy(text.encode(encoder, args.prompts))
+
+
+def rows_between(diffusion, interval):
+    """The first and the last row whose sigma lies in an interval of the options; where none does, last < first."""
+    low, high = config.parse_interval(interval)
+    sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
+    return np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+
+
+def rows_up_to(diffusion, sigma):
+    """The rows whose noise level is at most sigma, ascending. Raises ValueError where these are fewer than two."""
+    rows = range(int(np.searchsorted(diffusion.sqrt_recipm1_alphas_cumprod, sigma, "right")))
+    if len(rows) < 2:
+        raise ValueError(f"--max_sigma {sigma}: the process has {len(rows)} rows of so little noise, and needs two")
+    return rows
+
+
+def steer_of(args, diffusion, cond_fn):
+    """
+    What ClassifierSampleOptions make of a gradient: a function from predictor to predictor, or None without one.
+
+    :param diffusion: the process that is walked.
+    :param cond_fn: of scale 1, as `classifier_gradient`; None: no guidance.
+    """
+    if cond_fn is None:
+        return None
+    grad_fn = diffusion.told_rows(cond_fn)
+    if args.classifier_normalize:
+        grad_fn = guidance.normalized(grad_fn, args.classifier_normalize)
+    grad_fn = guidance.scaled(grad_fn, guidance.ramp(diffusion, *config.check_classifier_guidance(args)))
+    first, last = rows_between(diffusion, args.classifier_interval)
+
+    def steer(predict):
+        if args.guidance_at == "mean":
+            guided = guidance.classifier_guided_at_mean(predict, grad_fn, diffusion)
+        else:
+            guided = guidance.classifier_guided(predict, grad_fn)
+        return guidance.interval(guidance.every(guided, predict, args.classifier_every), predict, first, last)
+
+    return steer
+
+
+def walk_of(args):
+    """The options of a walk, as `generate.planned` takes them."""
+    return {name: getattr(args, name) for name in ("use_ddim", "eta", "sampler", "steps", "spacing")}
 
 
 def worse_model(args, flags):
     """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
     explicit = {"timestep_respacing": flags["timestep_respacing"]}
     network, diffusion, its_flags = open_diffusion(args.guide_path, explicit, dist_util.dev())
-    for name in ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "class_cond", "num_classes"):
+    names = "image_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"
+    for name in names.split():
         if flags[name] != its_flags[name]:
             raise ValueError(
                 f"--guide_path: the model has {name} {flags[name]} and {args.guide_path} has {its_flags[name]}: only a"
-                " model of the same images, noise and classes can guide"
+                " model of the same images, noise and conditions can guide"
             )
-    return diffusion.predictor(network, clip_denoised=False)
+    return planned(diffusion, **walk_of(args))[1].predictor(network, clip_denoised=False)
 
 
 def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
-    """Draw the samples that SampleOptions ask for and write them; `flags` tell their shape."""
+    """
+    Draw the samples that SampleOptions ask for and write them; `flags` tell their shape.
+
+    :param cond_fn: see `steer_of`; with one, `args` has ClassifierSampleOptions.
+    """
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
     labels = config.parse_classes(args.classes, num_classes, args.num_samples, names)
+    rule, diffusion = planned(diffusion, **walk_of(args))
+    guide = guide_of(args, flags, diffusion)
     stream = sample_stream(
         diffusion,
         model,
@@ -228,14 +361,12 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
         seed=args.seed,
         labels=labels,
         num_classes=num_classes,
-        use_ddim=args.use_ddim,
-        eta=args.eta,
-        sampler=args.sampler,
-        steps=args.steps,
-        spacing=args.spacing,
+        vectors=vectors_of(args, flags),
+        rule=rule,
         clip_denoised=args.clip_denoised,
-        cond_fn=cond_fn,
-        guide=guide_of(args, flags, diffusion),
+        denoised_fn=guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
+        guide=guide,
+        steer=steer_of(args, diffusion, cond_fn),
         device=dist_util.dev(),
         rank=dist_util.rank(),
         num_ranks=dist_util.world_size(),
@@ -243,5 +374,5 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     )
     result = collect(stream)
     if result is not None:
-        logger.log(f"samples: {save_samples(folder, *result, names, args.grid)}")
+        logger.log(f"samples: {save_samples(folder, *result, names, args.grid, args.prompts)}")
     dist_util.barrier()

@@ -1,5 +1,8 @@
-"""Which timesteps to train on: uniform, or more often where the loss is large (Improved DDPM, section 3.3)."""
+"""
+Which timesteps to train on: uniform, more often where the loss is large (Improved DDPM, section 3.3), or as EDM does.
+"""
 
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch.distributed as dist
 def create_named_schedule_sampler(name, diffusion):
     """
     :param name: a row of SCHEDULE_SAMPLERS.
-    :param diffusion: anything with `num_timesteps`.
+    :param diffusion: a process; all but lognormal look at its `num_timesteps` only.
     :raises NotImplementedError: for another name.
     """
     if name not in SCHEDULE_SAMPLERS:
@@ -23,7 +26,7 @@ class ScheduleSampler(ABC):
 
     @abstractmethod
     def weights(self):
-        """[T] positive weights, not necessarily normalized."""
+        """[T] weights, none negative, not necessarily normalized."""
 
     def sample(self, batch_size, device, rng=None):
         """
@@ -45,6 +48,32 @@ class UniformSampler(ScheduleSampler):
 
     def weights(self):
         return self._weights
+
+
+class LognormalSampler(ScheduleSampler):
+    """
+    Rows by EDM's noise levels in training, ln sigma ~ N(mean, std^2) (Karras et al. 2022, arXiv 2206.00364, table 1):
+    each row has the probability of the levels that are nearer to it, in ln sigma, than to other rows.
+
+    The weights it returns are all 1. This is no importance sampling of the uniform objective, which 1 / (T p) would
+    restore and so undo: where to train is part of EDM's objective, whose loss is lambda(sigma) times the squared error
+    with sigma drawn like this (--loss_weight edm is lambda).
+
+    :param diffusion: a process with `sqrt_recipm1_alphas_cumprod`, its sigmas, ascending.
+    """
+
+    def __init__(self, diffusion, mean=-1.2, std=1.2):
+        level = np.log(diffusion.sqrt_recipm1_alphas_cumprod)
+        between = (level[1:] + level[:-1]) / 2
+        below = [0.5 * (1 + math.erf((edge - mean) / (std * math.sqrt(2)))) for edge in between]
+        self._weights = np.diff([0.0, *below, 1.0])
+
+    def weights(self):
+        return self._weights
+
+    def sample(self, batch_size, device, rng=None):
+        rows, weights = super().sample(batch_size, device, rng)
+        return rows, th.ones_like(weights)
 
 
 class LossAwareSampler(ScheduleSampler):
@@ -118,4 +147,8 @@ def _interleaved(lists):
     return [part[k] for k in range(max(map(len, lists))) for part in lists if k < len(part)]
 
 
-SCHEDULE_SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+SCHEDULE_SAMPLERS = {
+    "uniform": UniformSampler,
+    "loss-second-moment": LossSecondMomentResampler,
+    "lognormal": LognormalSampler,
+}

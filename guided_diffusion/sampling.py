@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 
 from . import solvers
-from .prediction import Prediction
+from .prediction import Prediction, rows_at, settle
 from .solvers import Step, ddim, ddim_reverse, ddpm, dpmpp_2m, guided_score, heun
 from .spacing import SPACINGS, pick, spaced_rows
 
@@ -94,15 +94,17 @@ def sample(process, predict, rule, x, *, noise=th.randn_like, cond=None, rows=No
     :param cond: what the predictor needs to know besides (x, t), e.g. `{"y": labels}`; never changed.
     :param rows: the rows to visit, default T-1 .. 0; those that a rule takes in one step with others are passed over.
     :param upward: the rows ascend, towards noise: see `invert`.
+    :raises ArithmeticError: if a gradient that guides is not finite; on a GPU, which is not waited for at every step,
+        only when the walk has ended.
     """
     cond = dict(cond or {})
     history: list[Prediction] = []
-    used, passed = 1, 0
+    doubts, used, passed = [], 1, 0
     for row in reversed(range(process.num_timesteps)) if rows is None else rows:
         if passed:
             passed -= 1
             continue
-        t = th.full((len(x),), row, dtype=th.int64, device=x.device)
+        t = rows_at(row, len(x), x.device, doubts)
         draw = _source(noise, process, row, x)
         with th.no_grad():
             now = Step(process, lambda x, t: predict(x, t, **cond), x, t, draw, row, history, upward, used)
@@ -110,6 +112,7 @@ def sample(process, predict, rule, x, *, noise=th.randn_like, cond=None, rows=No
         used, passed = now.rows_used, now.rows_used - 1
         history = [*history[-2:], pred]
         yield x, pred
+    settle(doubts)
 
 
 def _source(noise, process, row, x):

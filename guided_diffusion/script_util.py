@@ -7,6 +7,7 @@ import torch
 
 from . import checkpoint, config
 from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
+from .film_unet import Unet as FilmUnet
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import unknown
@@ -106,16 +107,21 @@ def args_to_dict(args, keys):
 def create_model(image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
                  use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1,
                  num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False,
-                 use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0):
+                 use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0,
+                 network="adm", vector_channels=0):
     """
-    The UNetModel that the options of the same names describe (see config.ModelOptions).
+    The UNetModel, or for network "film" the film_unet.Unet, that the options of the same names describe (see
+    config.ModelOptions).
 
     With class_dropout, label_emb has a last row more, for the label num_classes: the null class.
 
-    Raises ValueError if the image size, the widths or the heads do not divide as the network needs, or if
-    class_dropout is no probability below 1 or has no classes to drop.
+    Raises ValueError if the network is unknown, if the image size, the widths or the heads do not divide as it needs,
+    if it cannot do what is asked of it, or if class_dropout is no probability below 1 or has nothing to drop.
     """
-    return _unet(UNetModel, **locals())
+    flags = dict(locals())
+    if network not in NETWORKS:
+        raise ValueError(unknown("network", network, NETWORKS))
+    return NETWORKS[flags.pop("network")](**flags)
 
 
 def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
@@ -129,8 +135,9 @@ def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_
 
 
 def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class_cond, attention_resolutions,
-          image_channels, num_classes, class_dropout, **same_name):
-    null = config.null_class({"class_cond": class_cond, "num_classes": num_classes, "class_dropout": class_dropout})
+          image_channels, num_classes, class_dropout, vector_channels=0, **same_name):
+    null = config.nulls({"class_cond": class_cond, "num_classes": num_classes, "class_dropout": class_dropout,
+                         "vector_channels": vector_channels})  # fmt: skip
     return network(
         image_size=image_size,
         in_channels=image_channels,
@@ -138,9 +145,33 @@ def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class
         out_channels=image_channels * (2 if learn_sigma else 1),
         attention_resolutions=config.attention_downsampling(attention_resolutions, image_size),
         channel_mult=config.levels(channel_mult, image_size, super_res=network is SuperResModel),
-        num_classes=(num_classes + (null is not None)) if class_cond else None,
+        num_classes=(num_classes + ("y" in null)) if class_cond else None,
+        vector_channels=vector_channels or None,
         **same_name,
     )
+
+
+def _film(*, image_size, num_channels, channel_mult, learn_sigma, image_channels, dropout, vector_channels, **flags):
+    config.nulls(flags | {"vector_channels": vector_channels})
+    if flags["class_cond"]:
+        raise ValueError(
+            "--network film takes no labels (--class_cond True): give it vectors, by --vector_channels, or take"
+            " --network adm"
+        )
+    model = FilmUnet(
+        num_channels,
+        vector_channels,
+        config.levels(channel_mult, image_size, film=True),
+        image_channels,
+        flags["class_dropout"],
+        dropout=dropout,
+        learn_sigma=learn_sigma,
+    )
+    model.check_size(image_size, image_size)
+    return model
+
+
+NETWORKS = {"adm": functools.partial(_unet, UNetModel), "film": _film}
 
 
 def create_classifier(image_size, classifier_use_fp16, classifier_width, classifier_depth,
@@ -251,6 +282,8 @@ def _call(function, flags):
 
 
 def _process(flags):
+    if flags["learn_sigma"] and flags["sigma_small"]:
+        raise ValueError("--sigma_small True: the model has a variance of its own (learn_sigma True): drop the flag")
     return _call(create_gaussian_diffusion, flags | {"steps": flags["diffusion_steps"]})
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch as th
 
-from .prediction import mean_of, x0_from_eps
+from .prediction import mean_of, rows_at, x0_from_eps
 
 
 @dataclass
@@ -132,7 +132,9 @@ def lam(step, row):
 
 def evaluate(step, x=None, row=None):
     """The prediction at x and a row, guidance inside; by default where the step starts."""
-    x, t = step.x if x is None else x, step.t if row is None else th.full_like(step.t, row)
+    x, t = step.x if x is None else x, step.t
+    if row is not None:
+        t = rows_at(row, len(t), t.device, getattr(t, "doubts", None))
     return guided_score(step.process, x, t, step.predict(x, t))
 
 

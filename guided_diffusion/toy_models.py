@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import toy
+from .conditions import Label
 from .sigma import ModelMixin, over, positive
 from .unet import UNetModel
 
@@ -108,25 +109,23 @@ class CondEmbedderLabel(nn.Module):
     def __init__(self, hidden_size, num_classes, dropout_prob=0.1):
         super().__init__()
         self.num_classes, self.null_cond, self.dropout_prob = num_classes, num_classes, dropout_prob
-        self.embeddings = nn.Embedding(num_classes + 1, hidden_size)
+        self.embeddings = Label(num_classes, hidden_size)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def check_data(self, labels, last=None):
-        """Raises ValueError for labels of data outside 0..num_classes-1 (`last`): num_classes itself means none."""
-        last = self.num_classes - 1 if last is None else last
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= last:
-            raise ValueError(f"labels must lie in 0..{last}, but span {int(labels.min())} .. {int(labels.max())}")
+    def check_data(self, labels):
+        """Raises ValueError for labels of data outside 0..num_classes-1: num_classes itself means none."""
+        self.embeddings.check_data(labels)
 
     def null(self, labels):
         """The label that means none, in place of each."""
-        return torch.full_like(labels, self.null_cond)
+        return self.embeddings.null(labels)
 
     def all_null(self, x):
         """A label that means none for each sample of x: [N]."""
-        return torch.full((len(x),), self.null_cond, device=x.device)
+        return self.embeddings.all_null(x)
 
     def forward(self, labels):
-        self.check_data(labels, self.null_cond)
+        self.embeddings.check_data(labels, self.null_cond)  # before some are dropped
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             labels = labels.masked_fill(drop, self.null_cond)

@@ -36,6 +36,7 @@ class Trainer:
     :param task: what to train; see `tasks.DiffusionTask`.
     :param data: iterator of (x0 [N,C,H,W], cond dict); for a resumed run, from where it stopped.
     :param batch_size: images a step in each process; `microbatch` of them at a time are in memory (-1: all).
+    :param beta2: decay of AdamW's mean of squared gradients.
     :param averages: of the weights; see `ema`.
     :param iterations: stop after so many updates in all (0: no such limit).
     :param lr_schedule: a row of LR_SCHEDULES; all but "constant" end with `lr_anneal_steps`.
@@ -64,6 +65,7 @@ class Trainer:
         microbatch=-1,
         lr=1e-4,
         weight_decay=0.0,
+        beta2=0.999,
         averages=(),
         iterations=0,
         lr_schedule="linear",
@@ -98,7 +100,9 @@ class Trainer:
         self.task, self.data = task, data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
-        self.lr, self.weight_decay = lr, weight_decay
+        if not 0 <= beta2 < 1:
+            raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {beta2}")
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, (0.9, beta2)
         self.lr_schedule, self.lr_anneal_steps, self.lr_warmup = lr_schedule, lr_anneal_steps, lr_warmup
         self.total = min([steps for steps in (iterations, lr_anneal_steps) if steps > 0], default=0)
         self.averages = list(averages)
@@ -121,7 +125,7 @@ class Trainer:
             initial_lg_loss_scale=initial_lg_loss_scale,
             grad_clip=grad_clip,
         )
-        self.opt = make_adamw(self.mp_trainer.master_params, lr, weight_decay)
+        self.opt = make_adamw(self.mp_trainer.master_params, lr=lr, betas=self.betas, weight_decay=weight_decay)
         self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.averages]
         if resume_checkpoint:
             self._load_companions(resume_checkpoint)
@@ -291,7 +295,7 @@ class Trainer:
         done = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
         share = LR_SCHEDULES[self.lr_schedule](done) * min(1.0, (self.step + 1) / max(self.lr_warmup, 1))
         for group in self.opt.param_groups:
-            group.update(lr=self.lr * share, weight_decay=self.weight_decay)
+            group.update(lr=self.lr * share, weight_decay=self.weight_decay, betas=self.betas)
 
     # ----------------------------------------------------------------------------------------- validation and the log
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .conditions import Label, Tokens, Vector
 from .nn import (
     GROUPS,
+    HalfBody,
     UsageError,
     avg_pool_nd,
     checkpoint,
     conv_nd,
-    convert_module_to_f16,
-    convert_module_to_f32,
     linear,
     normalization,
     timestep_embedding,
@@ -68,11 +68,14 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that hands the embedding to those of its children that take one."""
+    """A sequence that hands the embedding, or `tokens` (those of AttentionBlock), to its children that take them."""
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, *tokens):
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
+            if isinstance(layer, TimestepBlock):
+                x = layer(x, emb)
+            else:
+                x = layer(x, *tokens) if isinstance(layer, AttentionBlock) else layer(x)
         return x
 
 
@@ -166,13 +169,16 @@ class AttentionBlock(nn.Module):
     """
     Self-attention over all positions, added to the input: [N,C,...] -> the same. Starts as the identity.
 
+    With encoder_channels, positions also attend to tokens [N,L,encoder_channels], those where mask [N,L] is true
+    (GLIDE, Nichol et al. 2021, arXiv 2112.10741, section 4).
+
     num_head_channels: channels of a head, from which the number of heads follows; -1 takes num_heads.
     use_new_attention_order: the layout of the qkv weights (QKVAttention, else QKVAttentionLegacy).
     Raises UsageError if the channels do not split evenly.
     """
 
     def __init__(self, channels, num_heads=1, num_head_channels=-1, use_checkpoint=False,
-                 use_new_attention_order=False):
+                 use_new_attention_order=False, encoder_channels=None):
         super().__init__()
         self.channels = channels
         self.num_heads = count_heads(channels, num_heads, num_head_channels)
@@ -180,14 +186,19 @@ class AttentionBlock(nn.Module):
         self.norm = normalization(channels)
         self.qkv = conv_nd(1, channels, 3 * channels, 1)
         self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(self.num_heads)
+        if encoder_channels is not None:
+            self.encoder_kv = conv_nd(1, encoder_channels, 2 * channels, 1)
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
-    def forward(self, x):
-        return checkpoint(self._forward, (x,), (), self.use_checkpoint)
+    def forward(self, x, tokens=None, mask=None):
+        return checkpoint(self._forward, (x, tokens, mask), (), self.use_checkpoint)
 
-    def _forward(self, x):
+    def _forward(self, x, tokens, mask):
         qkv = self.qkv(self.norm(x.flatten(2)))                # [N,3*C,L]
-        return x + self.proj_out(self.attention(qkv)).view_as(x)
+        more = ()
+        if tokens is not None and tokens.shape[1]:
+            more = self.encoder_kv(tokens.transpose(1, 2).type(qkv.dtype)), mask
+        return x + self.proj_out(self.attention(qkv, *more)).view_as(x)
 
 
 def count_heads(channels, num_heads, num_head_channels):
@@ -201,22 +212,27 @@ def count_heads(channels, num_heads, num_head_channels):
     return channels // num_head_channels
 
 
-def attend(q, k, v):
+def attend(q, k, v, valid=None):
     """
-    softmax(q^T k / sqrt(c)) v for each head: three [N,heads,c,L] of any strides -> [N,heads,c,L].
+    softmax(q^T k / sqrt(c)) v for each head: q [N,heads,c,L], k and v [N,heads,c,K] of any strides -> [N,heads,c,L].
+
+    valid: [N,K], true for the keys that count, at least one a sample; None: all.
 
     The softmax is float32 for half inputs as well (inside the fused kernel too). The gradient of the fused kernel
     cannot be differentiated again: to do that with long sequences or on a GPU, run the forward pass inside
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
-    if q.device.type == "cpu" and q.shape[-1] <= SHORT_LENGTH:
+    valid = None if valid is None else valid[:, None, None]                # [N,1,1,K]
+    if q.device.type == "cpu" and k.shape[-1] <= SHORT_LENGTH:
         scale = q.shape[-2] ** -0.25  # on q and k each: less overflow in half precision than after the product
-        logits = (q * scale).transpose(-1, -2) @ (k * scale)   # [N,heads,L,L]
-        weights = torch.softmax(logits.float(), dim=-1).type(v.dtype)
+        logits = (q * scale).transpose(-1, -2) @ (k * scale)   # [N,heads,L,K]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if valid is None else logits.masked_fill(~valid, -math.inf)
+        weights = torch.softmax(logits, dim=-1).type(v.dtype)
         return v @ weights.transpose(-1, -2)
     # On strided tensors scaled_dot_product_attention falls to a kernel slower than the formula above.
-    q, k, v = (t.transpose(-1, -2).contiguous() for t in (q, k, v))        # [N,heads,L,c]
-    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+    q, k, v = (t.transpose(-1, -2).contiguous() for t in (q, k, v))        # [N,heads,L or K,c]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=valid).transpose(-1, -2)
 
 
 def count_flops_attn(model, _x, y):
@@ -229,20 +245,29 @@ def count_flops_attn(model, _x, y):
 
 
 class QKVAttention(nn.Module):
-    """Attention [N,3*C,L] -> [N,C,L] whose input rows are all of q, then k, then v, each split into heads."""
+    """
+    Attention [N,3*C,L] -> [N,C,L] whose input rows are all of q, then k, then v, each split into heads.
+
+    encoder_kv: [N,2*C,K], further keys and values in the same layout, of which those count where mask [N,K] is true.
+    """
 
     def __init__(self, n_heads):
         super().__init__()
         self.n_heads = n_heads
 
-    def split(self, qkv):
-        """[N,3*C,L] -> q, k, v, each [N,heads,c,L]."""
-        return qkv.reshape(len(qkv), 3, self.n_heads, -1, qkv.shape[-1]).unbind(1)
+    def split(self, rows, parts=3):
+        """[N,parts*C,L] -> q, k, v, or k and v, each [N,heads,c,L]."""
+        return rows.unflatten(1, (parts, self.n_heads, -1)).unbind(1)
 
-    def forward(self, qkv):
+    def forward(self, qkv, encoder_kv=None, mask=None):
         if qkv.shape[1] % (3 * self.n_heads):
             raise UsageError(f"{qkv.shape[1]} rows of q, k, v do not split into {self.n_heads} heads")
-        return attend(*self.split(qkv)).flatten(1, 2)
+        q, k, v = self.split(qkv)
+        if encoder_kv is None:
+            return attend(q, k, v).flatten(1, 2)
+        k, v = (torch.cat(pair, dim=-1) for pair in zip(self.split(encoder_kv, 2), (k, v)))    # [N,heads,c,K+L]
+        valid = torch.cat([mask, mask.new_ones(len(mask), qkv.shape[-1])], dim=1)              # [N,K+L]
+        return attend(q, k, v, valid).flatten(1, 2)
 
     @staticmethod
     def count_flops(model, _x, y):
@@ -253,19 +278,19 @@ class QKVAttention(nn.Module):
 class QKVAttentionLegacy(QKVAttention):
     """The same attention with the input rows split into heads first, and each head into its q, k and v."""
 
-    def split(self, qkv):
-        """[N,3*C,L] -> q, k, v, each [N,heads,c,L]."""
-        return qkv.reshape(len(qkv), self.n_heads, 3, -1, qkv.shape[-1]).unbind(2)
+    def split(self, rows, parts=3):
+        """[N,parts*C,L] -> q, k, v, or k and v, each [N,heads,c,L]."""
+        return rows.unflatten(1, (self.n_heads, parts, -1)).unbind(2)
 
 
-class UNetTrunk(nn.Module):
+class UNetTrunk(HalfBody, nn.Module):
     """
     What UNetModel and EncoderUNetModel share: the embeddings, the downward path and the middle.
 
     `options` are the arguments of the subclass by name (its `locals()`): each becomes an attribute.
     """
 
-    num_classes = None
+    num_classes = vector_channels = token_channels = None
 
     def __init__(self, options):
         super().__init__()
@@ -280,7 +305,11 @@ class UNetTrunk(nn.Module):
             linear(self.emb_channels, self.emb_channels),
         )
         if self.num_classes is not None:
-            self.label_emb = nn.Embedding(self.num_classes, self.emb_channels)
+            self.label_emb = Label(self.num_classes, self.emb_channels, null=False)
+        if self.vector_channels is not None:
+            self.vector_emb = Vector(self.vector_channels, self.emb_channels)
+        if self.token_channels is not None:  # zeros are no keys: the image's own positions remain
+            self.token_emb = Tokens(self.token_channels, self.emb_channels, null="zero")
         self.input_blocks, self.widths = self._build_input_blocks()
         width = self.widths[-1]
         self.middle_block = TimestepEmbedSequential(
@@ -344,10 +373,15 @@ class UNetTrunk(nn.Module):
             return
         if y.shape != (batch,):
             raise UsageError(f"y must hold one label per image, shape [{batch}], got {list(y.shape)}")
-        if y.device.type == "cpu":  # elsewhere a look at the values would wait for the device
-            wrong = y[(y < 0) | (y >= self.num_classes)]
-            if len(wrong):
-                raise ValueError(f"label {int(wrong[0])} is outside 0..{self.num_classes - 1} (num_classes)")
+
+    def _check_given(self, **conditions):
+        for name, value in conditions.items():
+            option = name.removesuffix("s") + "_channels"
+            if (value is None) != (getattr(self, option) is None):
+                state, remedy = ("missing", "pass it, zeros for none") if value is None else ("given", "leave it out")
+                raise UsageError(
+                    f"the condition {name} is {state}, but this network has {option}={getattr(self, option)}: {remedy}"
+                )
 
     def _res_block(self, channels, out_channels=None, **resample):
         return ResBlock(
@@ -363,7 +397,12 @@ class UNetTrunk(nn.Module):
 
     def _attention_block(self, channels, num_heads):
         return AttentionBlock(
-            channels, num_heads, self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
+            channels,
+            num_heads,
+            self.num_head_channels,
+            self.use_checkpoint,
+            self.use_new_attention_order,
+            None if self.token_channels is None else self.emb_channels,
         )
 
     def _stage(self, level, channels, num_heads):
@@ -393,30 +432,21 @@ class UNetTrunk(nn.Module):
                 widths.append(self._width(level))
         return nn.ModuleList(blocks), widths
 
-    def _embed(self, timesteps, y=None):
+    def _embed(self, timesteps, y=None, vector=None):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))  # [N,emb_channels]
-        return emb if y is None else emb + self.label_emb(y)
+        emb = emb if y is None else emb + self.label_emb(y)
+        return emb if vector is None else emb + self.vector_emb(vector, len(emb))
 
-    def _encode(self, x, emb):
+    def _encode(self, x, emb, tokens=()):
         """The output of every input block and, last, of the middle block."""
         h, outputs = x.type(self.dtype), []
         for module in [*self.input_blocks, self.middle_block]:
-            h = module(h, emb)
+            h = module(h, emb, *tokens)
             outputs.append(h)
         return outputs
 
     def _half_modules(self):
         return [self.input_blocks, self.middle_block]
-
-    def convert_to_fp16(self):
-        """Turn the convolutions of the trunk to float16; linear layers, norms, embeddings and `out` stay float32."""
-        for module in self._half_modules():
-            module.apply(convert_module_to_f16)
-
-    def convert_to_fp32(self):
-        """Undo convert_to_fp16."""
-        for module in self._half_modules():
-            module.apply(convert_module_to_f32)
 
 
 class UNetModel(UNetTrunk):
@@ -426,7 +456,9 @@ class UNetModel(UNetTrunk):
     image_size: side of the training images; the network itself takes any size that its downsampling divides.
     model_channels: base width; level i has width int(channel_mult[i] * model_channels), a multiple of 32.
     attention_resolutions: the downsampling factors (1, 2, 4...) at which there is attention; the middle always has it.
-    num_classes: labels 0..num_classes-1 are then required. num_heads_upsample: heads of the upward path, -1 as
+    num_classes: labels 0..num_classes-1 are then required. vector_channels, token_channels: vectors, and tokens, of so
+    many channels are then required (see `conditions`); vectors join the embedding of the time, tokens every attention
+    as further keys and values (GLIDE, arXiv 2112.10741). num_heads_upsample: heads of the upward path, -1 as
     num_heads; both count only when num_head_channels is -1. conv_resample: with weights (else average / nearest).
     use_fp16: a wish, for the programs, that convert_to_fp16 be called once the weights are loaded.
     Raises ValueError for widths, sizes or heads that do not divide.
@@ -435,7 +467,8 @@ class UNetModel(UNetTrunk):
     def __init__(self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
                  dropout=0, channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None,
                  use_checkpoint=False, use_fp16=False, num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
-                 use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False):
+                 use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False,
+                 vector_channels=None, token_channels=None):
         super().__init__(locals())
         self._check_size("image_size", [image_size])
         self.output_blocks = self._build_output_blocks()
@@ -459,20 +492,25 @@ class UNetModel(UNetTrunk):
     def _half_modules(self):
         return [*super()._half_modules(), self.output_blocks]
 
-    def forward(self, x, timesteps, y=None):
+    def forward(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None):
         """
-        x: [N,in_channels,...]; timesteps: [N], fractional allowed; y: labels [N], if and only if num_classes is set.
+        x: [N,in_channels,...]; timesteps: [N], fractional allowed; y: labels [N], if and only if num_classes is set;
+        vector: [N,vector_channels] and tokens: [N,L,token_channels] likewise; token_mask: [N,L], true for the tokens
+        that count, None if all do.
 
-        Raises UsageError (a ValueError and an AssertionError) for missing, needless or misshapen labels, ValueError
-        for labels out of range (seen on CPU only) and for inputs of other channels or an indivisible size.
+        Raises UsageError (a ValueError and an AssertionError) for missing or needless conditions and misshapen labels,
+        ValueError for labels out of range (seen on CPU only), conditions of another shape or kind, and inputs of other
+        channels or an indivisible size.
         """
         self._check_channels(x)
         self._check_size("input size", x.shape[3 if self.dims == 3 else 2:])
         self._check_labels(y, len(x))
-        emb = self._embed(timesteps, y)
-        *skips, h = self._encode(x, emb)
+        self._check_given(vector=vector, tokens=tokens)
+        emb = self._embed(timesteps, y, vector)
+        tokens = () if tokens is None else self.token_emb(tokens, token_mask, len(x))    # [N,L,emb_channels], [N,L]
+        *skips, h = self._encode(x, emb, tokens)
         for module in self.output_blocks:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb)
+            h = module(torch.cat([h, skips.pop()], dim=1), emb, *tokens)
         return self.out(h.float()).type(x.dtype)
 
 

@@ -8,7 +8,7 @@ from guided_diffusion.config import (
     ModelOptions,
     RunOptions,
 )
-from guided_diffusion.guidance import classifier_gradient
+from guided_diffusion.guidance import classifier_gradient, summed
 from guided_diffusion.script_util import open_classifier, open_diffusion
 
 # What both networks must have been trained with, or the classifier reads a noise level that is not there.
@@ -17,36 +17,51 @@ SHARED = ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "
 
 def main():
     args = config.parse(__doc__, ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, RunOptions)
+    strength = config.check_classifier_guidance(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions, ClassifierOptions)
     explicit = config.explicit_flags(args)
     model, diffusion, flags = open_diffusion(args.model_path, explicit, device)
-    classifier, classifier_flags = open_classifier(args.classifier_path, explicit, device)
-    names = program.class_names(args.classifier_path)
-    check_fit(flags, classifier_flags, program.class_names(args.model_path), names)
-    classifier.requires_grad_(False)  # only the gradient with respect to the image is wanted
     program.log_network(args.model_path, flags)
-    program.log_network(args.classifier_path, classifier_flags)
+    gradients, seen = [], None
+    for path in args.classifier_path.split(","):
+        classifier, its_flags = open_classifier(path, explicit, device)
+        classifier.requires_grad_(False)  # only the gradient with respect to the image is wanted
+        seen = check_fit(args, flags, path, its_flags, seen)
+        program.log_network(path, its_flags)
+        gradients.append(classifier_gradient(classifier, marginal=args.classifier_marginal))
 
-    def model_fn(x, t, y=None):
-        return model(x, t, y if flags["class_cond"] else None)
+    def model_fn(x, t, y=None, **cond):
+        return model(x, t, y if flags["class_cond"] else None, **cond)
 
-    # Without guidance the classifier need not run; its labels are drawn and saved all the same.
-    cond_fn = classifier_gradient(classifier, args.classifier_scale) if args.classifier_scale else None
-    num_classes = classifier_flags["num_classes"]
-    program.write_samples(args, folder, diffusion, model_fn, flags, num_classes, names, cond_fn)
+    # Without guidance the classifiers need not run; their labels are drawn and saved all the same.
+    cond_fn = summed(*gradients) if any(strength) else None
+    program.write_samples(args, folder, diffusion, model_fn, flags, *seen, cond_fn)
 
 
-def check_fit(flags, classifier_flags, names, classifier_names):
-    """Raise ValueError if the model and the classifier were made for different images, noise or classes."""
+def check_fit(args, flags, path, its_flags, earlier):
+    """
+    Raise ValueError if a classifier was made for other images, noise or classes than the model or those before it.
+
+    :param earlier: what this returned for another classifier, or None.
+    :return: (number of classes, their names or None).
+    """
     for name in SHARED + (("num_classes",) if flags["class_cond"] else ()):
-        ours, theirs = flags[name], classifier_flags.get(name, flags[name])
+        ours, theirs = flags[name], its_flags.get(name, flags[name])
         if ours != theirs:
             raise ValueError(
-                f"the model has {name} {ours} and the classifier {name} {theirs}: a classifier guides only a model "
-                "of the same images, noise and classes"
+                f"the model has {name} {ours} and the classifier {name} {theirs} ({path}): a classifier guides only a"
+                " model of the same images, noise and classes"
             )
-    if flags["class_cond"] and names and classifier_names and names != classifier_names:
-        raise ValueError(f"the model was trained on the classes {names} and the classifier on {classifier_names}")
+    names, classes = program.class_names(args.model_path), program.class_names(path)
+    if flags["class_cond"] and names and classes and names != classes:
+        raise ValueError(f"the model was trained on the classes {names} and the classifier on {classes} ({path})")
+    seen = its_flags["num_classes"], classes
+    if earlier not in (None, seen):
+        raise ValueError(
+            f"the classifier {path} tells {seen[0]} classes ({classes}), the one before it {earlier[0]} ({earlier[1]}):"
+            " only classifiers of the same classes can guide together"
+        )
+    return seen
 
 
 if __name__ == "__main__":

@@ -3,28 +3,20 @@ The main job from end to end on a CPU: real handwritten digits, an unconditional
 digits that steers it, and a report with pictures and scores. No label ever reaches the diffusion model.
 """
 
-import csv
 import json
-import os
-import shlex
-import shutil
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from evaluations import metrics
-from evaluations.evaluator import evaluate
 from evaluations.features import ClassifierExtractor
-from guided_diffusion import config, generate, pictures
+from evaluations.judge import judged
+from guided_diffusion import config, generate, pictures, study
 from guided_diffusion.config import option
 from guided_diffusion.guidance import classifier_gradient
 from guided_diffusion.script_util import open_classifier, open_diffusion
 
-ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ["--image_size", "8", "--image_channels", "1"]
 PROCESS = ["--noise_schedule", "cosine"]
 NETWORK = "--num_channels 32 --num_res_blocks 2 --attention_resolutions 4 --num_head_channels 32".split()
@@ -49,27 +41,6 @@ class DemoOptions:
     seed: int = option(0, "seed of everything random")
 
 
-@dataclass
-class Demo:
-    """The folder of one demo and the commands it ran, in order, with their seconds."""
-
-    out: Path
-    seed: int
-    commands: list = field(default_factory=list)
-
-    def run(self, script, *words):
-        """Run one of the project's programs as a stranger would; its output appears as it comes."""
-        words = [script, *map(str, words)]
-        print(f"\n$ python {shlex.join(words)}", flush=True)
-        start = time.monotonic()
-        # So small a network loses little by one thread; with more it stalls whenever another program wants a core.
-        env = {"OMP_NUM_THREADS": "1", **os.environ}
-        done = subprocess.run([sys.executable, str(ROOT / script), *words[1:]], env=env)
-        if done.returncode:
-            raise ValueError(f"{script} ended with exit code {done.returncode}; what it said stands above")
-        self.commands.append((f"python {shlex.join(words)}", time.monotonic() - start))
-
-
 # ----------------------------------------------------------------------------------------------------------- the work
 
 
@@ -84,12 +55,8 @@ def train(demo, args):
         "--log_interval", 100, "--save_interval", args.iterations, "--log_dir", demo.out / "model",
     )  # fmt: skip
     for name, noised, seed in [("classifier", True, demo.seed), ("judge", False, demo.seed + 1)]:
-        demo.run(
-            "scripts/classifier_train.py", "--data_dir", data / "train", "--val_data_dir", data / "val", *common,
-            *CLASSIFIER, "--noised", noised, "--seed", seed, "--lr", "1e-3", "--weight_decay", "0.05",
-            "--anneal_lr", True, "--iterations", args.classifier_iterations, "--eval_interval", 20,
-            "--log_interval", 100, "--save_interval", args.classifier_iterations, "--log_dir", demo.out / name,
-        )  # fmt: skip
+        words = [*common, *CLASSIFIER]
+        demo.train_classifier(name, data / "train", data / "val", args.classifier_iterations, noised, seed, words)
 
 
 def draw(demo, args):
@@ -116,32 +83,17 @@ def path_of(demo, args, name):
     return demo.out / name / f"model{args.classifier_iterations:06d}.pt"
 
 
-def pack(folder, path):
-    """Write the images of a folder of digits as an npz that the evaluator reads."""
-    from PIL import Image
-
-    files = sorted(folder.glob("*.png"))
-    images = np.stack([np.array(Image.open(file)) for file in files])[..., None]  # [N,8,8,1]
-    np.savez(path, arr_0=images, arr_1=np.array([int(file.name[0]) for file in files]))
-    return path
-
-
 def score(demo, args, rows):
-    """The table, a dict a row, with real held-out digits as its first row."""
+    """The rows of the table, a dict a row, with real held-out digits as its first row."""
     judge = ClassifierExtractor(str(path_of(demo, args, "judge")))
-    reference = pack(demo.out / "data" / "train", demo.out / "reference.npz")
-    held_out = pack(demo.out / "data" / "val", demo.out / "held_out.npz")
+    reference = study.pack(demo.out / "data" / "train", demo.out / "reference.npz", 8)
+    held_out = study.pack(demo.out / "data" / "val", demo.out / "held_out.npz", 8)
     table = []
     for name, scale, path in [("real, held out", None, held_out), *rows]:
-        scores = evaluate(str(reference), str(path), judge)
-        features = judge(np.load(path)["arr_0"])
-        # By the class that the judge sees, not the one asked for, lest obedience look like lost diversity.
-        seen = features.probabilities.argmax(1)
-        several = np.bincount(seen)[seen] > 1
-        spread = metrics.within_class_variance(features.pool[several], seen[several])
-        table.append({"sampler": name, "scale": scale, "path": path, "spread": spread, **scores})
-        print(f"{name:<16}{'' if scale is None else scale!s:>6}  agreement {scores['label_agreement']:.3f}  "
-              f"FD {scores['fid']:8.3f}  recall {scores['recall']:.3f}  spread {spread:.3f}", flush=True)  # fmt: skip
+        scores = judged(reference, path, judge)
+        table.append({"sampler": name, "scale": scale, "path": path, **scores})
+        shown = "  ".join(f"{key} {scores[key]:.3f}" for key in ("label_agreement", "fid", "recall", "spread"))
+        print(f"{name:<16}{'' if scale is None else scale!s:>6}  {shown}", flush=True)
     (demo.out / "scores.json").write_text(json.dumps(table, indent=2, default=str) + "\n")
     return table
 
@@ -161,15 +113,15 @@ def draw_pictures(demo, args, table):
             demo.out / row["picture"], images["arr_0"], images["arr_1"], columns=12, title=row["sampler"] + asked
         )
     draw_reverse_process(demo, args, best(table)["scale"], folder / "reverse_process.png")
-    loss = read_log(demo.out / "model")
-    curves = {"training loss": columns(loss, "loss")}
+    loss = study.read_log(demo.out / "model")
+    curves = {"training loss": study.columns(loss, "loss")}
     pictures.save_curves(folder / "loss.png", curves, "update", "mean square error", "Diffusion model", logy=True)
-    log, clean = read_log(demo.out / "classifier"), read_log(demo.out / "judge")
+    log, clean = study.read_log(demo.out / "classifier"), study.read_log(demo.out / "judge")
     accuracy = {
-        "guide, noised held-out digits": columns(log, "val_acc@1"),
-        "guide, least noise quarter": columns(log, "val_acc@1_q0"),
-        "guide, most noise quarter": columns(log, "val_acc@1_q3"),
-        "judge, clean held-out digits": columns(clean, "val_acc@1"),
+        "guide, noised held-out digits": study.columns(log, "val_acc@1"),
+        "guide, least noise quarter": study.columns(log, "val_acc@1_q0"),
+        "guide, most noise quarter": study.columns(log, "val_acc@1_q3"),
+        "judge, clean held-out digits": study.columns(clean, "val_acc@1"),
     }
     pictures.save_curves(folder / "accuracy.png", accuracy, "update", "accuracy on held-out digits", "Classifiers")
     for measure, label in {"label_agreement": "share as asked", "recall": "recall"}.items():
@@ -180,44 +132,19 @@ def draw_pictures(demo, args, table):
         pictures.save_curves(folder / f"{measure}.png", lines, "guidance scale", label, f"{label} against scale")
 
 
-def draw_reverse_process(demo, args, scale, path, frames=10):
+def draw_reverse_process(demo, args, scale, path):
     """One guided digit a class, from noise to picture."""
-    explicit = {"timestep_respacing": str(args.steps)}
-    model, diffusion, _ = open_diffusion(str(path_of(demo, args, "model")), explicit)
+    model, diffusion, _ = open_diffusion(str(path_of(demo, args, "model")), {"timestep_respacing": str(args.steps)})
     classifier, _ = open_classifier(str(path_of(demo, args, "classifier")))
-    wanted = {round(step) for step in np.linspace(args.steps - 1, 0, frames)}
-    seen = []
-
-    def watch(indices, t, x, pred):
-        if t in wanted:
-            seen.append((t, pictures.to_uint8(x)))
-
-    stream = generate.sample_stream(
-        diffusion, lambda x, t, y: model(x, t), shape=(1, 8, 8), num_samples=10, batch_size=10, seed=demo.seed,
-        labels=list(range(10)), cond_fn=classifier_gradient(classifier, scale), on_step=watch,
-    )  # fmt: skip
-    list(stream)
-    labels = [f"{args.steps - t}" for t, _ in seen]
     title = f"After so many of {args.steps} steps (DDPM, scale {scale:g})"
-    strip = pictures.strip([x for _, x in seen], row_labels=list("0123456789"), column_labels=labels, title=title)
-    strip.save(path)
+    gradient = classifier_gradient(classifier, scale)
+    study.save_reverse_process(path, diffusion, lambda x, t, y: model(x, t), 8, title, demo.seed, cond_fn=gradient)
 
 
 def best(table):
     """The row of ancestral sampling that obeys best."""
     rows = [row for row in table if row["scale"] is not None and row["sampler"].startswith("DDPM")]
     return max(rows, key=lambda row: row["label_agreement"])
-
-
-def read_log(folder):
-    with open(folder / "progress.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def columns(rows, name):
-    """(steps, values) of a column, where it has values."""
-    chosen = [row for row in rows if row.get(name)]
-    return [int(row["step"]) for row in chosen], [float(row[name]) for row in chosen]
 
 
 def write_report(demo, args, table):
@@ -245,14 +172,7 @@ def write_report(demo, args, table):
         "*Spread*: variance of features within the classes that the judge sees; ambiguous digits raise it, strong "
         "guidance lowers it.",
         "",
-        "| sampler | scale | as asked | FD | precision | recall | spread |",
-        "|---|---|---|---|---|---|---|",
-        *[
-            f"| {row['sampler']} | {'' if row['scale'] is None else format(row['scale'], 'g')} "
-            f"| {row['label_agreement']:.1%} | {row['fid']:.3f} | {row['precision']:.2f} | {row['recall']:.2f} "
-            f"| {row['spread']:.2f} |"
-            for row in table
-        ],
+        *study.table("sampler|scale|as asked|FD|precision|recall|spread".split("|"), map(cells, table)),
         "",
         *[f"![{measure}](pictures/{measure}.png)" for measure in ("label_agreement", "recall")],
         "",
@@ -268,42 +188,32 @@ def write_report(demo, args, table):
         "![loss](pictures/loss.png)",
         "![accuracy](pictures/accuracy.png)",
         "",
-        "## How it was made",
-        "",
-        "```",
-        *[f"{command}   # {seconds:.0f} s" for command, seconds in demo.commands],
-        "```",
-        "",
         "Any row of the table again: `python evaluations/evaluator.py "
         f"{demo.out / 'reference.npz'} {top['path']} --extractor {path_of(demo, args, 'judge')}`",
-        "",
     ]
-    report = demo.out / "report.md"
-    report.write_text("\n".join(lines), encoding="utf-8")
-    return report
+    return demo.report("report.md", lines)
+
+
+def cells(row):
+    """A row of the table as texts."""
+    scale = "" if row["scale"] is None else f"{row['scale']:g}"
+    shares = f"{row['label_agreement']:.1%}", f"{row['fid']:.3f}"
+    return row["sampler"], scale, *shares, *(f"{row[name]:.2f}" for name in ("precision", "recall", "spread"))
 
 
 def check(args):
     """Raise ValueError for options that would fail only after minutes of work."""
     for name in ("scales", "ddim_scales"):
-        for part in getattr(args, name).split(","):
-            try:
-                float(part)
-            except ValueError:
-                raise ValueError(f"--{name} {getattr(args, name)!r}: give numbers, as 0,1,3") from None
-    for name, least in {"iterations": 1, "classifier_iterations": 1, "num_samples": 20, "steps": 2}.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+        study.numbers(name, getattr(args, name))
+    study.check_least(args, iterations=1, classifier_iterations=1, num_samples=20, steps=2)
 
 
 def main():
     args = config.parse(__doc__, DemoOptions)
     start = time.monotonic()
     check(args)
-    demo = Demo(Path(args.out), args.seed)
-    demo.out.mkdir(parents=True, exist_ok=True)
-    for name in ("model", "classifier", "judge", "samples", "pictures"):  # of an earlier demo in the same folder
-        shutil.rmtree(demo.out / name, ignore_errors=True)
+    demo = study.Study(Path(__file__).resolve().parent.parent, Path(args.out), args.seed)
+    demo.begin("model", "classifier", "judge", "samples", "pictures")
     train(demo, args)
     table = score(demo, args, draw(demo, args))
     draw_pictures(demo, args, table)

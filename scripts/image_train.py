@@ -14,8 +14,8 @@ def main():
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "diffusion", ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
-    null = config.null_class(flags)
-    drop = None if null is None else partial(guidance.dropped, null={"y": null}, rate=flags["class_dropout"])
+    null = config.nulls(flags)
+    drop = partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
     data = program.open_training_data(args, flags, flags["class_cond"])
     loop = TrainLoop(
         model=model.to(device),
@@ -33,7 +33,8 @@ def main():
         drop=drop,
         **program.loop_options(args, flags),
     )
-    program.begin_run(args, folder, "diffusion", flags, data)
+    texts = {"text_encoder": data.text_encoder} if data.text_encoder else {}
+    program.begin_run(args, folder, "diffusion", flags, data, **texts)
     loop.run_loop()
 
 

@@ -355,6 +355,7 @@ def assert_inferred_is(inferred, kind, flags):
     else:
         names = ["num_channels", "num_res_blocks", "learn_sigma", "class_cond"]
         names += ["num_classes"] if flags["class_cond"] else []
+        names += ["network", "vector_channels"] if kind == "diffusion" else []
     assert inferred == expected | {name: flags[name] for name in names}
 
 
@@ -564,3 +565,37 @@ def test_weights_of_another_kind():
                                                                   "classifier_num_head_channels": 16})
     with pytest.raises(ValueError, match=r"keys missing .*; it is a classifier network"):
         checkpoint.load_weights(target, weights, path="x.pt", flags=flags)
+
+
+FILM = {
+    "network": "film", "image_size": 8, "num_channels": 6, "channel_mult": "1,0.5,2", "image_channels": 1,
+    "learn_sigma": True, "vector_channels": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vector_channels", [0, 5])
+def test_a_film_network_tells_its_flags(vector_channels):
+    flags = DEFAULTS["diffusion"] | FILM | {"vector_channels": vector_channels}
+    inferred = checkpoint.infer_flags(weights_of("diffusion", flags))
+    told = {name: FILM[name] for name in FILM if name != "image_size"} | {"vector_channels": vector_channels}
+    assert inferred == told | {"kind": "diffusion", "class_cond": False, "attention_downsampling": ()}
+    assert checkpoint.misfits(flags, inferred) == {}
+    assert checkpoint.misfits(flags | {"num_channels": 7, "learn_sigma": False}, inferred) == {
+        "num_channels": 6, "learn_sigma": True,
+    }  # fmt: skip
+    default = DEFAULTS["diffusion"] | FILM | {"channel_mult": "", "image_size": 16}
+    inferred = checkpoint.infer_flags(weights_of("diffusion", default))
+    assert inferred["channel_mult"] == "1,2,4,8" and checkpoint.misfits(default, inferred) == {}
+
+
+def test_networks_of_the_two_kinds_are_told_apart():
+    film, adm = DEFAULTS["diffusion"] | FILM, DEFAULTS["diffusion"] | {"num_channels": 32, "image_size": 8}
+    wrong = checkpoint.misfits(adm, checkpoint.infer_flags(weights_of("diffusion", film)))
+    assert wrong["network"] == "film" and wrong["num_channels"] == 6
+    adm |= {"vector_channels": 7, "image_channels": 1}
+    inferred = checkpoint.infer_flags(weights_of("diffusion", adm))
+    assert (inferred["network"], inferred["vector_channels"]) == ("adm", 7) and checkpoint.misfits(adm, inferred) == {}
+    assert checkpoint.misfits(adm | {"vector_channels": 0}, inferred) == {"vector_channels": 7}
+    with pytest.raises(ValueError, match=r"fit: \d+ keys missing .*flags that would fit at --image_size 8: --network"):
+        network = script_util.create_model_and_diffusion(**adm)[0]
+        checkpoint.load_weights(network, weights_of("diffusion", film), path="a.pt", flags=adm)

@@ -56,23 +56,29 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 }
 
 # What its users missed.
-PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5}
+PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
 RUN = {"seed": 0, "device": "", "log_dir": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
     "label_from": "auto", "resume": "auto", "force": False, "lr_schedule": "linear", "lr_warmup": 0, "keep_last": 0,
-    "keep_every": 0, "keep_best": False, "background_save": True, "max_minutes": 0.0,
+    "keep_every": 0, "keep_best": False, "background_save": True, "max_minutes": 0.0, "beta2": 0.999,
 }
 MORE_AVERAGES = {
     "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",
     "eval_interval": 100,
 }
-MORE_MODEL = {"class_dropout": 0.0}
+DROPOUT = {"class_dropout": 0.0}
+MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
     "classes": "", "grid": True, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
     "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
-    "guide_path": "", "guidance_interval": "",
+    "guide_path": "", "guidance_interval": "", "prompts": (), "prompt_vectors": "",
+    "guidance_projected": 1.0, "dynamic_threshold": 0.0,
+}
+MORE_STEERING = {
+    "classifier_scale_end": "", "classifier_marginal": 1.0, "classifier_normalize": 0.0, "classifier_interval": "",
+    "classifier_every": 1, "guidance_at": "x_t",
 }
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
 
@@ -99,13 +105,13 @@ PROGRAMS = {
         (ClassifierSampleOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions),
         SAMPLE | {"classifier_path": "", "classifier_scale": 1.0} | MODEL | DIFFUSION | CLASSIFIER,
         37,
-        RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING | MORE_CLASSIFIER,
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING | MORE_STEERING | MORE_CLASSIFIER,
     ),
     "super_res_train": (
         (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
         TRAIN | SUPER_RES | DIFFUSION,
         34,
-        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | MORE_AVERAGES
+        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | MORE_AVERAGES
         | {"channel_mult": "", "use_new_attention_order": False},
     ),
 }
@@ -169,18 +175,19 @@ def test_values_have_the_type_of_the_default():
     args = sample_args(
         "--num_samples", "1e5", "--batch_size=100_000", "--dropout", "1e-1", "--class_cond", "true",
         "--use_scale_shift_norm", "f", "--use_ddim", "--attention_resolutions", "32,16", "--num_heads_upsample", "-1",
-        "--classes", "",
+        "--classes", "", "--prompts", "a three", "the digit 7",
     )
     assert (args.num_samples, type(args.num_samples)) == (100000, int)
     assert (args.batch_size, args.dropout, args.num_heads_upsample) == (100000, 0.1, -1)
     assert (args.class_cond, args.use_scale_shift_norm, args.use_ddim) == (True, False, True)
     assert (args.attention_resolutions, args.classes) == ("32,16", "")
+    assert args.prompts == ("a three", "the digit 7")
     assert args.explicit == {
         "num_samples", "batch_size", "dropout", "class_cond", "use_scale_shift_norm", "use_ddim",
-        "attention_resolutions", "num_heads_upsample", "classes",
+        "attention_resolutions", "num_heads_upsample", "classes", "prompts",
     }
     assert config.explicit_flags(args)["num_samples"] == 100000
-    assert len(config.explicit_flags(args)) == 9
+    assert len(config.explicit_flags(args)) == 10
 
 
 def test_a_default_that_is_typed_is_explicit():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,14 @@ TINY = [
     (r"samples_500x", "samples_20x"),
     (r"--batch_size \d+", "--batch_size 4"),
     (r"--timestep_respacing (ddim)?\d+", r"--timestep_respacing \g<1>5"),
+    (r"(datasets/mnist.py .*)", r"\1 --source tiny_mnist.npz"),
+    (r"scripts/mnist\.py", "scripts/mnist.py --judge_iterations 1 --num_samples 20 --steps 3 --seeds 1 --scales 2"
+                           " --iterations 2"),  # what is typed in the text comes later and wins
+    (r"187500", "000001"),
+    (r"--num_channels 128", "--num_channels 32"),
+    (r"--num_images \d+", "--num_images 3"),
+    (r"latents_64x", "latents_3x"),
+    (r"--steps \d{2,3}\b", "--steps 6"),
 ]
 
 
@@ -49,6 +58,9 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for name in ("scripts", "datasets", "evaluations"):
         os.symlink(ROOT / name, folder / name)
+    rng = np.random.default_rng(0)
+    made = {f"x_{split}": rng.integers(0, 256, (80, 28, 28), np.uint8) for split in ("train", "test")}
+    np.savez(folder / "tiny_mnist.npz", **made, y_train=np.arange(80) % 10, y_test=np.arange(80) % 10)
     return folder
 
 
@@ -77,10 +89,38 @@ def test_the_demo_and_every_command_of_the_readme(clone):
         else:
             shell(tiny(command), clone)
             ran += 1
-    assert ran == 12
+    assert ran == 14
     assert (clone / "runs/digits/model000004.pt").exists()  # resumed at 2 and gone on to 4
     assert (clone / "runs/digits_guided/samples_6x8x8x1.npz").exists()
     assert (clone / "runs/digits_mpi/model000002.pt").exists() and (clone / "runs/demo/scale_3.json").exists()
+
+
+def test_every_command_of_the_mnist_page(clone):
+    ran = [shell(tiny(command), clone) for command in commands(ROOT / "docs" / "mnist.md")]
+    assert len(ran) == 5 and ran[1].count("report: ") == ran[2].count("report: ") == 1
+    for name in ("runs/mnist", "runs/mnist16"):
+        report = (clone / name / "report.md").read_text()
+        pictures = re.findall(r"!\[.*?\]\((.*?)\)", report)
+        assert len(pictures) == 7 and all((clone / name / picture).stat().st_size > 3000 for picture in pictures)
+        assert len(re.findall(r"^\| (real, held out|2) \|", report, re.MULTILINE)) == 2
+    assert (clone / "runs/diffunet_samples/samples_32x32x32x1.npz").exists()
+
+
+def test_every_command_of_the_page_on_captions(clone):
+    for command in commands(ROOT / "docs" / "captions.md"):
+        shell(tiny(command), clone)
+    assert (clone / "runs/prompts/samples_6x8x8x1.npz").exists()
+
+
+def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
+    for name in ("scripts", "datasets"):
+        os.symlink(ROOT / name, tmp_path / name)
+    for command in commands(ROOT / "docs" / "inverse.md"):
+        shell(tiny(command), tmp_path)
+    restored = [path.parent.name for path in tmp_path.glob("runs/*/restored.png")]
+    inverted = [path.parent.name for path in tmp_path.glob("runs/*/inversion.png")]
+    assert sorted(restored) == ["blocks", "halves", "repainted"] and inverted == ["latents"]
+    assert (tmp_path / "runs/latents/interpolation.png").exists() and list(tmp_path.glob("runs/decoded/samples_3x*"))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -114,7 +154,9 @@ def test_every_flag_that_the_docs_name_exists():
 
     known = {field.name for group in vars(config).values() if dataclasses.is_dataclass(group)
              for field in dataclasses.fields(group)}  # fmt: skip
-    foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device"}
+    foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
+               "source", "fashion", "data", "network", "scales", "seeds",
+               "templates", "hold_out", "vectors", "encoder", "judge"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_]+)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -640,7 +640,7 @@ def test_a_model_without_config_tells_what_it_lacks(home, tmp_path):
 
 @pytest.mark.parametrize("words, run, pattern", [
     ("--guidance_scale 3", "plain", "--guidance_scale 3.0: the model was trained without --class_dropout"),
-    ("--guidance_scale 0", "plain", "cannot predict without a label"),
+    ("--guidance_scale 0", "plain", "cannot predict without a condition"),
     ("--guidance_scale 2 --guidance_rescale 1.5", "free", "share from 0 to 1, not 1.5"),
     ("--guidance_rescale 0.5", "free", "--guidance_rescale has no effect at --guidance_scale 1"),
     ("--guide_path {free}", "free", "--guide_path has no effect at --guidance_scale 1"),
@@ -668,7 +668,10 @@ def test_guidance_that_cannot_be_is_refused(home, tmp_path, words, run, pattern)
 ])  # fmt: skip
 def test_dropout_that_cannot_be_is_refused(home, tmp_path, words, pattern):
     refused("image_train", f"--data_dir {home}/data.npz {NET} {TRAIN} {words} --log_dir {tmp_path}", pattern)
-    assert config.null_class({"class_cond": True, "num_classes": 10, "class_dropout": 0.0}) is None
+    flags = {"class_cond": True, "num_classes": 10, "vector_channels": 5}
+    assert config.nulls(flags | {"class_dropout": 0.0}) == {}
+    assert config.nulls(flags | {"class_dropout": 0.1}) == {"y": 10, "vector": 0.0}
+    assert config.nulls(flags | {"class_dropout": 0.1, "class_cond": False}) == {"vector": 0.0}
 
 
 # ------------------------------------------------------------------------------------------------ inverse problems

@@ -23,16 +23,17 @@ MATHEMATICS = [
     "gaussian_diffusion inverse likelihood",
     "respace toy sigma",
 ]
-NETWORKS = ["nn", "unet"]
+NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
     "toy_models",
-    "config pictures image_datasets",
+    "config pictures image_datasets download text",
+    "diffunet",
     "checkpoint",
     "dist_util",
     "logger saves ema health",
     "fp16_util generate tally tasks runs",
     "train_util script_util",
-    "program",
+    "program study",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library
 LIGHT = [*MATHEMATICS, *NETWORKS, "toy_models"]  # what needs no other

@@ -192,14 +192,15 @@ def test_signatures_are_the_originals():
     first = ["image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions"]
     trunk = {"dropout": 0, "channel_mult": (1, 2, 4, 8), "conv_resample": True, "dims": 2}
     half = {"use_checkpoint": False, "use_fp16": False}
+    more = {"vector_channels": None, "token_channels": None}  # what the original has not, at the end
     res = {"out_channels": None, "use_conv": False, "use_scale_shift_norm": False, "dims": 2, "use_checkpoint": False,
            "up": False, "down": False}
     expected = {
-        unet.UNetModel: (first, trunk | {"num_classes": None} | half | shared),
+        unet.UNetModel: (first, trunk | {"num_classes": None} | half | shared | more),
         unet.EncoderUNetModel: (first, trunk | half | shared | {"pool": "adaptive"}),
         unet.ResBlock: (["channels", "emb_channels", "dropout"], res),
         unet.AttentionBlock: (["channels"], {"num_heads": 1, "num_head_channels": -1, "use_checkpoint": False,
-                                             "use_new_attention_order": False}),
+                                             "use_new_attention_order": False, "encoder_channels": None}),
         unet.AttentionPool2d: (["spacial_dim", "embed_dim", "num_heads_channels"], {"output_dim": None}),
         unet.Upsample: (["channels", "use_conv"], {"dims": 2, "out_channels": None}),
         unet.Downsample: (["channels", "use_conv"], {"dims": 2, "out_channels": None}),
@@ -211,7 +212,8 @@ def test_signatures_are_the_originals():
         assert list(parameters) == required + list(optional), cls.__name__
         assert {k: p.default for k, p in parameters.items() if k in optional} == optional, cls.__name__
     assert str(inspect.signature(unet.SuperResModel)) == "(image_size, in_channels, *args, **kwargs)"
-    assert str(inspect.signature(unet.UNetModel.forward)) == "(self, x, timesteps, y=None)"
+    signature = "(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None)"
+    assert str(inspect.signature(unet.UNetModel.forward)) == signature
     assert str(inspect.signature(unet.SuperResModel.forward)) == "(self, x, timesteps, low_res=None, **kwargs)"
     assert str(inspect.signature(unet.EncoderUNetModel.forward)) == "(self, x, timesteps)"
 
@@ -335,7 +337,7 @@ def test_long_attention_is_given_contiguous_heads(monkeypatch):
     seen = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(*qkv):
+    def spy(*qkv, attn_mask=None):
         seen.extend(t.is_contiguous() and t.shape == (2, 4, unet.SHORT_LENGTH + 1, 8) for t in qkv)
         return fused(*qkv)
 
@@ -759,8 +761,8 @@ def test_inputs_that_do_not_fit(shape, message):
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        ([1, 10], r"label 10 is outside 0\.\.9"),
-        ([-1, 3], r"label -1 is outside 0\.\.9"),
+        ([1, 10], r"labels must lie in 0\.\.9, but span 1 \.\. 10"),
+        ([-1, 3], r"labels must lie in 0\.\.9, but span -1 \.\. 3"),
         ([1], r"shape \[2\], got \[1\]"),
         ([[1], [2]], r"shape \[2\], got \[2, 1\]"),
     ],

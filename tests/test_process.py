@@ -18,6 +18,7 @@ from guided_diffusion.gaussian_diffusion import (
 from guided_diffusion.guidance import classifier_gradient
 from guided_diffusion.process import Process
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.script_util import create_gaussian_diffusion
 
 
 def make(steps=1000, respacing=None, schedule="linear", mean="EPSILON", var="LEARNED_RANGE", loss="MSE", rescale=False):
@@ -355,6 +356,39 @@ def test_importance_weights_keep_the_mean_of_the_loss():
     for _ in range(10):  # a history of ten: the old losses are forgotten
         sampler.update_with_local_losses(th.arange(50), th.ones(50))
     np.testing.assert_allclose(sampler.weights(), 1 / 50, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "karras"])
+def test_lognormal_rows_have_the_normal_mass_between_midpoints(schedule):
+    """Against the normal distribution function at the midpoints of log sigma; the tails go outside."""
+    diffusion = create_gaussian_diffusion(noise_schedule=schedule)
+    sampler = resample.create_named_schedule_sampler("lognormal", diffusion)
+    level = th.from_numpy(diffusion.alphas_cumprod)
+    level = ((1 - level) / level).log() / 2  # [T]
+    edges = th.cat([th.tensor([-math.inf]), (level[1:] + level[:-1]) / 2, th.tensor([math.inf])])
+    wanted = th.special.ndtr((edges + 1.2) / 1.2).diff()
+    np.testing.assert_allclose(sampler.weights(), wanted, rtol=1e-7, atol=1e-15)
+    assert sampler.weights().sum() == pytest.approx(1, abs=1e-12)
+    t, weights = sampler.sample(40000, "cpu", np.random.default_rng(0))
+    assert (weights == 1).all() and weights.dtype == th.float32
+    drawn = level[t].numpy()
+    low = level[0].item()  # what lies below the least noise is drawn there
+    z = th.distributions.Normal(0.0, 1.0)
+    expected = (-1.2 + 1.2 * z.sample((400000,))).clamp(low, level[-1].item()).double()
+    assert drawn.mean() == pytest.approx(expected.mean().item(), abs=4 * 1.2 / 200 + 0.01)
+    assert drawn.std() == pytest.approx(expected.std().item(), rel=0.02)
+    other = resample.LognormalSampler(diffusion, mean=0.0, std=0.5).weights()
+    half = np.searchsorted(level.numpy(), 0.0)
+    assert other[:half].sum() == pytest.approx(0.5, abs=other.max())
+
+
+def test_lognormal_rows_end_where_the_noise_does():
+    """A last row of pure noise has no log sigma, and is never drawn."""
+    sampler = resample.LognormalSampler(create_gaussian_diffusion(noise_schedule="cosine+zero_snr", predict="v"))
+    assert sampler.weights()[-1] == 0 and sampler.weights().sum() == pytest.approx(1, abs=1e-12)
+    assert sampler.sample(2000, "cpu", np.random.default_rng(0))[0].max() < 999
+    single = resample.LognormalSampler(create_gaussian_diffusion(timestep_respacing="1"))
+    assert single.weights().tolist() == [1]
 
 
 def test_uniform_sampler_covers_all_rows_with_weight_one():

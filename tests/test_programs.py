@@ -925,7 +925,7 @@ def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):
     monkeypatch.setattr(train_util.Trainer, "run_loop", lambda self: loops.append(self))
     data = f"--data_dir {pets}/train {TRAIN}"
     done("image_train", f"{data} {NET} --use_fp16 --fp16_scale_growth 0.5 --ema_warmup False --ema_rate 0.5"
-         f" --grad_clip 2 --max_bad_steps 7 --lr_anneal_steps 9 --weight_decay 0.25 --microbatch 3"
+         f" --grad_clip 2 --max_bad_steps 7 --lr_anneal_steps 9 --weight_decay 0.25 --microbatch 3 --beta2 0.75"
          f" --ema_halflife 2 --ema_power 0.1 --lr_schedule cosine --lr_warmup 4 --keep_last 2 --keep_every 5"
          f" --keep_best --background_save False --max_minutes 9 --val_data_dir {pets}/val --eval_interval 3"
          f" --log_dir {tmp_path}/a")  # fmt: skip
@@ -938,6 +938,7 @@ def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):
     assert (model.saver.keep_last, model.saver.keep_every, model.saver.background) == (2, 5, False)
     assert model.best is not None and model.eval_interval == 3 and model.stop.deadline
     assert (model.lr_anneal_steps, model.total, model.weight_decay) == (9, 9, 0.25)
+    assert model.opt.param_groups[0]["betas"] == (0.9, 0.75)
     assert guide.mp_trainer.use_fp16 and guide.mp_trainer.lg_loss_scale == 16
     assert (guide.lr_anneal_steps, guide.total) == (6, 6)
     assert type(guide.task.schedule_sampler).__name__ == "LossSecondMomentResampler"

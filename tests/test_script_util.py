@@ -31,7 +31,7 @@ PROCESS = (
     "learn_sigma, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart, rescale_timesteps,"
     " rescale_learned_sigmas"
 )
-MORE_PROCESS = " predict='', loss_weight='unit', sigma_data=0.5"
+MORE_PROCESS = " predict='', loss_weight='unit', sigma_data=0.5, sigma_small=False"
 SIGNATURES = {
     "diffusion_defaults": "()",
     "classifier_defaults": "()",
@@ -43,14 +43,14 @@ SIGNATURES = {
     "create_model": "(image_size, num_channels, num_res_blocks, channel_mult='', learn_sigma=False, class_cond=False,"
     " use_checkpoint=False, attention_resolutions='16', num_heads=1, num_head_channels=-1, num_heads_upsample=-1,"
     " use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,"
-    " image_channels=3, num_classes=1000, class_dropout=0.0)",
+    " image_channels=3, num_classes=1000, class_dropout=0.0, network='adm', vector_channels=0)",
     "create_classifier": f"({CLASSIFIER}, classifier_channel_mult='', classifier_num_head_channels=64,"
     " classifier_dropout=0.0, image_channels=3, num_classes=1000)",
     "create_gaussian_diffusion": "(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule='linear',"
     " use_kl=False, predict_xstart=False, rescale_timesteps=False, rescale_learned_sigmas=False,"
     " timestep_respacing='', predict='', loss_weight='unit', sigma_data=0.5)",
     "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000, class_dropout=0.0,"
-    f"{MORE_PROCESS})",
+    f" network='adm', vector_channels=0,{MORE_PROCESS})",
     "create_classifier_and_diffusion": f"({CLASSIFIER}, {PROCESS}, image_channels=3, num_classes=1000,"
     f" classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0,{MORE_PROCESS})",
     "sr_create_model_and_diffusion": "("
@@ -122,7 +122,7 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "", "unit", 0.5, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, "", "unit", 0.5, False, 5)
 
 
 # --------------------------------------------------------------------------------------------------- networks, process
@@ -286,6 +286,10 @@ def test_processes_of_one_step(flags):
         ({"attention_resolutions": "8;4"}, ValueError, "cannot read attention_resolutions '8;4'"),
         ({"num_heads": 3}, ValueError, "channels 32 is not divisible by num_heads 3"),
         ({"num_head_channels": 24}, ValueError, "channels 32 is not divisible by num_head_channels 24"),
+        ({"network": "flim"}, ValueError, "unknown network: flim .*did you mean film"),
+        ({"network": "film", "class_cond": True}, ValueError, "film takes no labels .*: give it vectors"),
+        ({"network": "film", "channel_mult": ""}, ValueError, "images of 8x8 cannot be halved 4 times.*channel_mult"),
+        ({"network": "film", "class_dropout": 0.1}, ValueError, "no vectors without --vector_channels"),
         ({"noise_schedule": "quadratic"}, NotImplementedError, "unknown beta schedule: quadratic .*linear, cosine"),
         ({"noise_schedule": "cosin"}, NotImplementedError, "schedule: cosin .*did you mean cosine"),
         ({"noise_schedule": "linear+zero_snr"}, ValueError, "pure noise.*row 999.*--predict v"),
@@ -426,6 +430,8 @@ def test_a_classifier_without_config_tells_of_the_process_what_is_typed(classifi
         ({"learn_sigma": False}, "--learn_sigma False contradicts the weights .* say learn_sigma True"),
         ({"channel_mult": "1,1"}, "--channel_mult 1,1 contradicts the weights .* say channel_mult 1,2"),
         ({"attention_resolutions": "4"}, "--attention_resolutions 4 contradicts the weights .* say attention_resol"),
+        ({"network": "film"}, "--network film contradicts the weights .* say network adm"),
+        ({"vector_channels": 5}, "--vector_channels 5 contradicts the weights .* say vector_channels 0"),
     ],
 )
 def test_explicit_flags_that_contradict_the_weights(run, explicit, message):
@@ -494,3 +500,17 @@ def test_the_device_is_where_the_network_lives(run):
     model, _, _ = script_util.open_diffusion(run[0] / "model000010.pt", device="meta")
     assert model.label_emb.weight.device.type == "meta"
     assert model.dtype == torch.float16
+
+
+def test_a_film_network_from_the_path_alone(tmp_path):
+    flags = tiny(network="film", num_channels=6, channel_mult="1,2", vector_channels=5, dropout=0.25, learn_sigma=True)
+    torch.manual_seed(0)
+    model = script_util.create_model_and_diffusion(**flags)[0]
+    assert model.mid[0].dropout.p == 0.25 and model.dims == [6, 6, 12] and model.channels == 3
+    checkpoint.save(model.state_dict(), tmp_path / "model000010.pt")
+    checkpoint.write_config(tmp_path, "diffusion", flags)
+    opened, _, told = script_util.open_diffusion(tmp_path / "model000010.pt")
+    assert told == flags and not opened.training
+    x, t, vector = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5)
+    assert torch.equal(opened(x, t, vector=vector), model.eval()(x, t, vector=vector))
+    assert opened(x, t).shape == (2, 6, 8, 8)

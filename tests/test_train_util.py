@@ -177,7 +177,7 @@ def test_checkpoints_are_written_at_the_interval_and_at_the_end_once(folder):
 
 def test_gradient_clipping_bounds_the_update(folder):
     class Sgd(th.optim.SGD):
-        def __init__(self, params, lr, weight_decay):
+        def __init__(self, params, lr, weight_decay, betas):
             super().__init__(params, lr=lr)
 
     before = th.cat([p.flatten() for p in Net().parameters()]).detach()

@@ -1,0 +1,140 @@
+"""
+Pictures with captions in one npz that the training programs read: arr_0, arr_1, texts, vectors, text_encoder.
+
+SRC is labelled images (a folder or an npz, as for training), whose captions are templates filled with the class, or an
+npz with `images` and `texts`. In a template {class} stands for the name of the class, {word} for the same with a
+number from 0 to 9 spelt out. Vectors are made by an encoder of guided_diffusion/text.py, or come from a file.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from guided_diffusion import checkpoint, text
+from guided_diffusion.image_datasets import ImageDataset, load_data
+
+WORDS = "zero one two three four five six seven eight nine".split()
+TEMPLATES = ("{class}", "a {class}", "a picture of a {class}", "one {class}")
+NUMBER_TEMPLATES = (
+    "{word}", "{class}", "a handwritten {word}", "a {word} written by hand", "the digit {class}", "digit {word}",
+    "the number {word}", "number {class}",
+)  # fmt: skip
+NUMBER_HOLD_OUT = ("a picture of a {word}", "the handwritten number {class}", "please draw {word}")
+
+
+def fill(template, name):
+    """
+    The caption of a class: "a {word}", "3" -> "a three".
+
+    :raises ValueError: if the template would say the same of every class.
+    """
+    if "{class}" not in template and "{word}" not in template:
+        raise ValueError(f"template {template!r} says the same of every class: put {{class}} or {{word}} into it")
+    word = WORDS[int(name)] if name.isdecimal() and int(name) < 10 else name
+    return template.replace("{class}", name).replace("{word}", word)
+
+
+def labelled(source, image_size, image_channels):
+    """(uint8 [N,S,S,C], labels [N], class names) of a labelled folder or npz, in the order of the files."""
+    data = load_data(
+        data_dir=source, batch_size=1, image_size=image_size, image_channels=image_channels, class_cond=True,
+        deterministic=True, random_flip=False, num_workers=0,
+    )  # fmt: skip
+    items = [next(data) for _ in range(data.num_images)]
+    images = np.concatenate([_pixels(x0[0].numpy()) for x0, _ in items])
+    return images, np.concatenate([cond["y"].numpy() for _, cond in items]), data.class_names
+
+
+def captioned(source, image_size, image_channels):
+    """
+    (uint8 [N,S,S,C], texts [N,M]) of an npz with `images`, uint8 or floats from 0 to 1, [N,H,W,C], and `texts` [N] or
+    [N,M]; None if the npz has no `images`.
+
+    :raises ValueError: if they are something else.
+    """
+    with np.load(source, allow_pickle=False) as archive:
+        if "images" not in archive.files:
+            return None
+        images, texts = archive["images"], archive["texts"] if "texts" in archive.files else None
+    if images.dtype.kind == "f" and images.size and images.min() >= 0 and images.max() <= 1:
+        images = np.rint(images * 255).astype(np.uint8)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{source}: images is {images.dtype} {list(images.shape)}; it must be [N,H,W,C], uint8 or floats from 0 to"
+            " 1"
+        )
+    if texts is None or texts.dtype.kind != "U" or texts.ndim not in (1, 2) or len(texts) != len(images):
+        raise ValueError(f"{source}: texts must hold {len(images)} texts, one or as many for each image, [N] or [N,M]")
+    dataset = ImageDataset(image_size, images, random_flip=False, image_channels=image_channels)
+    return np.concatenate([_pixels(dataset[i][0]) for i in range(len(dataset))]), texts.reshape(len(texts), -1)
+
+
+def _pixels(x0):
+    """float [C,S,S] in [-1,1] -> uint8 [1,S,S,C], the inverse of what the loader does."""
+    return np.rint((np.asarray(x0) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)[None]
+
+
+def vectors_of(texts, encoder, path):
+    """float32 [N,M,D] for texts [N,M]: each text encoded once, or those of a file; ValueError if it does not fit."""
+    if path:
+        vectors = text.read_vectors(path)
+        if vectors.shape[:-1] not in (texts.shape, texts.shape[:1]):
+            fit = " x ".join(map(str, texts.shape))
+            raise ValueError(f"{path} holds vectors {list(vectors.shape)}; the {fit} texts need [N,D] or [N,M,D]")
+        return vectors
+    unique, place = np.unique(texts, return_inverse=True)
+    return text.encode(encoder, unique.tolist())[place.reshape(texts.shape)]
+
+
+def write_captions(source, out, image_size, image_channels=3, templates=None, hold_out=None, encoder="hashing:512",
+                   vectors=None):
+    """
+    Write the npz and return its texts [N,M].
+
+    :param templates: phrasings of a class; None: a few usual ones. :param hold_out: phrasings that are filled in for
+        every class and kept apart, as `held_out` [H] with `held_out_labels`, to try the model on.
+    :param vectors: npy file of the texts' vectors, in the order of `texts` as an earlier run wrote them, or None.
+    :raises ValueError, OSError: for a source, templates, vectors or an encoder that cannot be used.
+    """
+    arrays = {"text_encoder": np.array(text.PRECOMPUTED if vectors else encoder)}
+    given = captioned(source, image_size, image_channels) if source.endswith(".npz") and Path(source).exists() else None
+    if given:
+        arrays["arr_0"], texts = given
+    else:
+        arrays["arr_0"], labels, names = labelled(source, image_size, image_channels)
+        numbers = all(name in map(str, range(10)) for name in names)
+        templates = templates or (NUMBER_TEMPLATES if numbers else TEMPLATES)
+        hold_out = (NUMBER_HOLD_OUT if numbers else ()) if hold_out is None else hold_out
+        both = set(templates) & set(hold_out)
+        if both:
+            raise ValueError(f"{both.pop()!r} is both a template and held out: choose")
+        texts = np.array([[fill(template, name) for template in templates] for name in names])[labels]    # [N,M]
+        apart = [(fill(template, name), y) for template in hold_out for y, name in enumerate(names)]
+        arrays |= {"arr_1": labels, "class_names": np.array(names)}
+        arrays |= {"held_out": np.array([t for t, _ in apart]), "held_out_labels": np.array([y for _, y in apart])}
+    arrays |= {"texts": texts, "vectors": vectors_of(texts, encoder, vectors)}
+    with checkpoint.writing(out) as file:
+        np.savez_compressed(file, **arrays)
+    return texts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="labelled folder or npz, or npz with images and texts")
+    parser.add_argument("out", help="npz to write")
+    parser.add_argument("--image_size", type=int, default=32, help="side of the images in pixels (default: 32)")
+    parser.add_argument("--image_channels", type=int, default=3, help="1 grey, 3 colour, 4 with alpha (default: 3)")
+    parser.add_argument("--templates", nargs="+", help="phrasings, as 'a picture of a {class}' (default: usual ones)")
+    parser.add_argument("--hold_out", nargs="*", help="phrasings to keep apart for trying the model")
+    parser.add_argument("--encoder", default="hashing:512", help="text encoder and width (default: hashing:512)")
+    parser.add_argument("--vectors", help="npy file of the vectors of the texts, computed elsewhere, as by CLIP")
+    args = parser.parse_args()
+    texts = write_captions(**vars(args))
+    print(f"wrote {len(texts)} images with {texts.shape[1]} texts each to {args.out}")
+
+
+if __name__ == "__main__":
+    from guided_diffusion.config import run_program
+
+    run_program(main)

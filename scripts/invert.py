@@ -1,0 +1,102 @@
+"""From images to the noise that a deterministic sampler turns into them, and back."""
+
+import numpy as np
+import torch as th
+
+from guided_diffusion import config, generate, inverse, logger, pictures, program, sampling
+from guided_diffusion.config import DiffusionOptions, InvertOptions, ModelOptions, RunOptions
+from guided_diffusion.script_util import open_diffusion
+from guided_diffusion.spacing import pick
+
+
+def main():
+    args = config.parse(__doc__, InvertOptions, ModelOptions, DiffusionOptions, RunOptions)
+    check(args)
+    device, folder = program.start(args, ModelOptions, DiffusionOptions)
+    program.alone()
+    model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
+    program.log_network(args.model_path, flags)
+    config.check_classes(flags, args.classes)
+    diffusion = diffusion.spaced(program.rows_up_to(diffusion, args.max_sigma))
+    rule, process = generate.planned(diffusion, sampler=args.sampler, steps=args.steps, spacing=args.spacing)
+    predict = process.predictor(model, clip_denoised=False)  # what is clipped cannot be undone
+
+    def walked(walk, x, y):
+        def batch(part):
+            cond = {} if y is None else {"y": y[part.start : part.stop]}
+            return walk(process, predict, rule=rule, cond=cond, x=x[part.start : part.stop])
+
+        return generate.through(batch, len(x), args.batch_size, process.num_timesteps)
+
+    if args.latents:
+        latents, y = read_latents(args, flags, device)
+        return save(folder, walked(sampling.sample, latents, y), y)
+    images, y = program.open_images(args, flags, flags["class_cond"])
+    latents = walked(up, images, y)
+    logger.log(f"latents: {generate.save_arrays(folder, 'latents', latents, y)}")
+    back = walked(sampling.sample, latents, y)
+    save(folder, back, y)
+    report(folder, args, images, latents, back)
+    if args.interpolate:
+        shares = np.linspace(0, 1, args.interpolate + 2)
+        between = [walked(sampling.sample, inverse.slerp(latents, latents.roll(-1, 0), share), y) for share in shares]
+        pictures.strip([pictures.to_uint8(x).cpu() for x in between]).save(f"{folder}/interpolation.png")
+        logger.log(f"each image to the next: {folder}/interpolation.png")
+
+
+def check(args):
+    """Raise ValueError for options that cannot be, before anything is opened."""
+    if pick(sampling.SAMPLERS, args.sampler, "sampler").stochastic:
+        kept = ", ".join(name for name, sampler in sampling.SAMPLERS.items() if not sampler.stochastic)
+        raise ValueError(f"--sampler {args.sampler} adds noise, which cannot be walked back: choose one of {kept}")
+    if bool(args.latents) == bool(args.data_dir):
+        raise ValueError("give either images by --data_dir, or --latents of an earlier run")
+    if args.interpolate < 0 or (args.latents and args.interpolate):
+        raise ValueError(f"--interpolate {args.interpolate}: give 0 or more pictures, and images by --data_dir")
+
+
+def up(process, predict, rule, cond, x):
+    return sampling.invert(process, predict, x, rule, cond=cond)
+
+
+def read_latents(args, flags, device):
+    """(latents [N,C,H,W], labels [N] or None) of an earlier run. Raises ValueError unless the model can take them."""
+    shape = (flags["image_channels"], flags["image_size"], flags["image_size"])
+    try:
+        with np.load(args.latents, allow_pickle=False) as npz:
+            latents, y = npz["arr_0"], npz["arr_1"] if "arr_1" in npz.files else None
+    except (ValueError, KeyError, EOFError, AttributeError) as error:
+        raise ValueError(f"cannot read {args.latents} as latents: {error}") from None
+    if latents.dtype.kind != "f" or latents.shape[1:] != shape or not np.isfinite(latents).all():
+        raise ValueError(f"{args.latents} holds {latents.dtype} {list(latents.shape)}: the model takes finite numbers"
+                         f" [N, {', '.join(map(str, shape))}]")  # fmt: skip
+    if args.classes:
+        y = config.parse_classes(args.classes, flags["num_classes"], len(latents), program.class_names(args.model_path))
+    if flags["class_cond"] and y is None:
+        raise ValueError(f"{args.latents} has no labels, and the model needs them: give --classes")
+    y = th.as_tensor(y, device=device) if flags["class_cond"] else None
+    return th.from_numpy(latents).float().to(device), y
+
+
+def save(folder, x, y):
+    images = pictures.to_uint8(x).cpu().numpy()
+    logger.log(f"images: {generate.save_samples(folder, images, None if y is None else y.cpu().numpy())}")
+
+
+def report(folder, args, images, latents, back):
+    """The error, how normal the latents are, and a picture of all four."""
+    error = (back - images).abs()
+    logger.logkv("steps", args.steps)
+    for name, value in {"max_error": error.max().item(), "rms_error": error.square().mean().sqrt().item()}.items():
+        logger.logkvs({name: value, f"{name}_of_255": 127.5 * value})
+    logger.logkvs({f"latent_{name}": value for name, value in inverse.normality(latents).items()})
+    logger.dumpkvs()
+    columns = {"image": images, "noise": latents / 3, "back": back, "difference x 10": 10 * (back - images)}
+    tiles = [pictures.to_uint8(x).cpu() for x in columns.values()]
+    path = f"{folder}/inversion.png"
+    pictures.strip(tiles, column_labels=list(columns), title=f"{args.sampler}, {args.steps} steps").save(path)
+    logger.log(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    program.run(main)
