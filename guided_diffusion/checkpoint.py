@@ -46,45 +46,61 @@ def parse_resume_step_from_filename(filename):
 def latest(folder):
     """Path of the modelNNNNNN.pt of the most updates in a folder, or None."""
     folder = os.fspath(folder)
-    models = [name for name in _names_in(folder) if re.fullmatch(r"model\d+\.pt", name)]
+    models = [name for name in names_in(folder) if re.fullmatch(r"model\d+\.pt", name)]
     return os.path.join(folder, max(models, key=parse_resume_step_from_filename)) if models else None
 
 
 # --------------------------------------------------------------------------------------------------- files, anywhere
 
 
-def _is_remote(path):
-    return "://" in path
+def is_remote(path):
+    """Whether blobfile reads and writes this path."""
+    return "://" in os.fspath(path)
 
 
-def _exists(path):
-    if _is_remote(path):
+def exists(path):
+    """Whether there is such a file or folder."""
+    if is_remote(path):
         import blobfile
 
         return blobfile.exists(path)
     return os.path.exists(path)
 
 
-def _names_in(folder):
-    if _is_remote(folder):
+def names_in(folder):
+    """The names in a folder; none if there is no such folder."""
+    if is_remote(folder):
         import blobfile
 
         return list(blobfile.listdir(folder)) if blobfile.isdir(folder) else []
     return os.listdir(folder) if os.path.isdir(folder) else []
 
 
-def _reading(path):
-    if _is_remote(path):
+def reading(path):
+    """A binary file to read."""
+    if is_remote(path):
         import blobfile
 
         return blobfile.BlobFile(path, "rb")
     return open(path, "rb")
 
 
+def remove(path):
+    """Delete a file, if it is there."""
+    if is_remote(path):
+        import blobfile
+
+        if blobfile.exists(path):
+            blobfile.remove(path)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 @contextlib.contextmanager
 def writing(path):
     """A binary file that takes the name `path` when all of it is on the disk, and leaves no trace if that fails."""
-    if _is_remote(path):
+    if is_remote(path):
         import blobfile
 
         buffer = io.BytesIO()
@@ -116,7 +132,7 @@ def check_writable(folder):
     """Make a folder, and write and delete a file in it. Raises OSError if that cannot be: call it before the work."""
     probe = os.path.join(folder, f".probe{os.getpid()}")
     try:
-        if not _is_remote(probe):
+        if not is_remote(probe):
             os.makedirs(folder, exist_ok=True)
             with open(probe, "wb"):
                 pass
@@ -143,13 +159,13 @@ def load(path, map_location="cpu"):
     if not path:
         raise ValueError("no checkpoint given: --model_path, --classifier_path or --resume_checkpoint is empty")
     folder, name = os.path.split(path)
-    if not _exists(path):
-        raise FileNotFoundError(f"no checkpoint {path}{config.nearest(name, _names_in(folder or '.'))}")
+    if not exists(path):
+        raise FileNotFoundError(f"no checkpoint {path}{config.nearest(name, names_in(folder or '.'))}")
     if os.path.isdir(path):
         held = latest(path)
         raise ValueError(f"{path} is a folder: give " + (f"the checkpoint in it, {held}" if held else "a checkpoint"))
     try:
-        with _reading(path) as file, warnings.catch_warnings():
+        with reading(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
             return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # a broken file can fail anywhere, in any way
@@ -213,9 +229,9 @@ def read_config(checkpoint_path):
     if there is none. Raises ValueError if it cannot be read.
     """
     path = os.path.join(os.path.dirname(os.fspath(checkpoint_path)), CONFIG_NAME)
-    if not _exists(path):
+    if not exists(path):
         return None
-    with _reading(path) as file:
+    with reading(path) as file:
         text = file.read()
     try:
         content = json.loads(text)

@@ -188,7 +188,31 @@ class _Training:
     microbatch: int = option(-1, "images in memory at once, gradients averaged over the batch; -1: the whole batch")
     log_interval: int = option(10, "updates between two lines of the log")
     save_interval: int = option(10000, "updates between two checkpoints")
-    resume_checkpoint: str = option("", "modelNNNNNN.pt to go on from; ema_* and optNNNNNN.pt are found beside it")
+    resume_checkpoint: str = option(
+        "", "modelNNNNNN.pt of another folder to go on from; its ema_*, opt* and state* are found beside it"
+    )
+    resume: str = option(
+        "auto",
+        "auto: the same command goes on from the newest whole checkpoint in --log_dir; never: start anew, in a folder"
+        " without checkpoints",
+        ("auto", "never"),
+    )
+    force: bool = option(False, "go on from checkpoints though the seed or the data are not those they were made with")
+    lr_schedule: str = option(
+        "linear",
+        "how the rate falls to 0 over the updates of annealing: linear, cosine, or constant until they are done",
+        ("linear", "cosine", "constant"),
+    )
+    lr_warmup: int = option(0, "let the rate rise linearly over the first so many updates")
+    keep_last: int = option(0, "keep only so many of the newest checkpoints; 0: all")
+    keep_every: int = option(0, "of the older ones, keep those whose update this divides; 0: none of them")
+    keep_best: bool = option(False, "keep the checkpoint of the least validation loss as well")
+    background_save: bool = option(True, "write checkpoints beside the next updates instead of waiting for the disk")
+    max_minutes: float = option(
+        0.0, "save and leave with exit code 75 after so many minutes, as for a queue's time slot; 0: no limit"
+    )
+    val_data_dir: str = option("", "folder or file of held-out images for validation; empty: none")
+    eval_interval: int = option(100, "updates between two validations")
     grad_clip: float = option(0.0, "largest norm of the gradient, scaled down to it if larger; 0: no limit")
     max_bad_steps: int = option(100, "stop after this many updates in a row whose loss or gradient is not finite")
     num_workers: int = option(1, "processes that load images; 0: the training process itself")
@@ -207,8 +231,18 @@ class _Training:
 class TrainOptions(_Training):
     """training"""
 
-    lr_anneal_steps: int = option(0, "stop after this many updates, the rate falling linearly to 0; 0: constant rate")
+    lr_anneal_steps: int = option(
+        0, "stop after this many updates, the rate falling to 0 as --lr_schedule says; 0: constant rate"
+    )
     ema_rate: str = option("0.9999", "decay of the averaged weights that samples are drawn with; several: 0.999,0.9999")
+    ema_halflife: str = option(
+        "", "more averages, by half-life in thousands of images, as 500 or 500,2000, whatever the batch"
+    )
+    ema_power: str = option(
+        "",
+        "more averages, by relative width of a power function, as 0.05,0.1: their snapshots make averages of any width"
+        " afterwards (scripts/posthoc_ema.py)",
+    )
     ema_warmup: bool = option(
         True, "limit the decay to (1 + step) / (10 + step), so that averages forget the random start"
     )
@@ -223,10 +257,9 @@ class ClassifierTrainOptions(_Training):
     iterations: int = changed(_Training, "iterations", 150000)
     batch_size: int = changed(_Training, "batch_size", 4)
     random_crop: bool = changed(_Training, "random_crop", True)
-    val_data_dir: str = option("", "folder or file of held-out images for validation; empty: none")
     noised: bool = option(True, "train on noised images, as guidance needs")
-    anneal_lr: bool = option(False, "let the learning rate fall linearly to 0 over --iterations")
-    eval_interval: int = option(5, "updates between two validations")
+    anneal_lr: bool = option(False, "let the learning rate fall to 0 over --iterations as --lr_schedule says")
+    eval_interval: int = changed(_Training, "eval_interval", 5)
 
 
 @dataclass

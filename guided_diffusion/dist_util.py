@@ -29,7 +29,9 @@ LAUNCHERS = {
     "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 ARRIVAL_TIMEOUT = timedelta(minutes=5)  # all ranks have started
-COLLECTIVE_TIMEOUT = timedelta(hours=2)  # one rank may write files or evaluate while the others wait for it
+# One rank may write files or evaluate while the others wait for it. A rank that dies closes its connections, which
+# gloo sees at once; NCCL waits for this long.
+COLLECTIVE_TIMEOUT = timedelta(minutes=float(os.environ.get("GD_TIMEOUT_MINUTES", 60)))
 
 _device = None
 
@@ -122,11 +124,53 @@ def gather_objects(obj):
     return gathered
 
 
+def from_main(function, *args):
+    """
+    What `function(*args)` returns on rank 0, where alone it runs, on every rank; an error of it is raised on all.
+    Collective.
+    """
+    result = error = None
+    if is_main():
+        try:
+            result = function(*args)
+        except (ValueError, OSError) as raised:
+            error = raised
+    result, error = gather_objects((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def largest(number):
+    """The largest of the small whole numbers that the ranks bring. Collective; no GPU is waited for."""
+    if not _connected():
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
 def load_state_dict(path, **kwargs):
     """`checkpoint.load`, read by the calling rank alone: any one rank may call it."""
     from . import checkpoint
 
     return checkpoint.load(path, **kwargs)
+
+
+@contextlib.contextmanager
+def naming_lost_peers():
+    """Turn torch's errors about a rank that has died into a ConnectionError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error).lower()
+        signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out waiting", "nccl")
+        if _connected() and any(sign in told for sign in signs):
+            raise ConnectionError(
+                f"rank {rank()} lost another process of this run, which has died or is stuck: see what that one said; "
+                "the same command goes on from the last checkpoint"
+            ) from error
+        raise
 
 
 def finish():

@@ -1,10 +1,12 @@
-"""Training in 16 bits: float32 master weights, a loss scale that adapts, and steps that are skipped, not poisoned."""
+"""
+Training in 16 bits: float32 master weights, a loss scale that adapts, and steps that are skipped, not poisoned.
 
-import math
+Nothing here waits for the device: whether a step was taken, the scale and the counts are tensors on it, which the loop
+reads when it writes a row of its log.
+"""
 
 import torch as th
 
-from . import logger
 from .nn import convert_module_to_f16 as convert_module_to_f16  # the original's place
 from .nn import convert_module_to_f32 as convert_module_to_f32
 
@@ -34,10 +36,7 @@ class MixedPrecisionTrainer:
         self.model = model
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
-        self.lg_loss_scale = initial_lg_loss_scale if use_fp16 else 0.0
         self.grad_clip = grad_clip
-        self.bad_steps = 0  # in a row
-        self.skipped = 0  # in all
         full = [(name, p.detach().clone()) for name, p in model.named_parameters()] if use_fp16 else []
         if use_fp16:
             model.convert_to_fp16()
@@ -48,55 +47,81 @@ class MixedPrecisionTrainer:
             for name, p in zip(self.names, self.model_params)
         ]
         self._halves = [(p, m) for p, m in zip(self.model_params, self.master_params) if p is not m]
+        device = self.model_params[0].device
+        precise = th.float32 if device.type == "mps" else th.float64
+        self._lg_loss_scale = th.tensor(initial_lg_loss_scale if use_fp16 else 0.0, dtype=precise, device=device)
+        self._counts = th.zeros(2, dtype=th.int64, device=device)  # of skipped steps: in a row, in all
+
+    @property
+    def lg_loss_scale(self):
+        """log2 of the loss scale; reading it waits for the device, as do the two below."""
+        return self._lg_loss_scale.item()
+
+    @property
+    def bad_steps(self):
+        """Skipped steps in a row."""
+        return self._counts.tolist()[0]
+
+    @property
+    def skipped(self):
+        """Skipped steps in all."""
+        return self._counts.tolist()[1]
+
+    def state(self):
+        """What to keep for a resumed run, as tensors."""
+        return {"lg_loss_scale": self._lg_loss_scale, "counts": self._counts}
+
+    def load_state(self, state):
+        """Take up what `state` gave; a run in full precision keeps its scale of 1."""
+        self._counts.copy_(state["counts"])
+        if self.use_fp16:
+            self._lg_loss_scale.copy_(state["lg_loss_scale"])
 
     def zero_grad(self):
         for p in self.model_params + self.master_params:
             p.grad = None
 
     def backward(self, loss):
-        (loss * 2**self.lg_loss_scale).backward()
+        (loss * 2**self._lg_loss_scale if self.use_fp16 else loss).backward()
 
     def optimize(self, opt):
         """
-        Take a step, unless the gradient is not finite. The one host synchronization of a training step is here.
+        Take a step, unless the gradient is not finite.
 
-        :return: whether the step was taken.
+        :return: (whether the step was taken, norm of the gradient before clipping): tensors of no axes, on the device.
         """
         for p, master in self._halves:
             master.grad = None if p.grad is None else p.grad.float()
         grads = [m.grad for m in self.master_params if m.grad is not None]
-        norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads))).item() / 2**self.lg_loss_scale
+        norm = global_norm(grads)
         if self.use_fp16:
-            logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
-        if not math.isfinite(norm):
-            self._skip()
-            return False
-        self.bad_steps = 0
-        clip = min(1.0, self.grad_clip / norm) if self.grad_clip and norm else 1.0
-        factor = clip / 2**self.lg_loss_scale
-        if factor != 1:
-            th._foreach_mul_(grads, factor)
-        logger.logkv_mean("grad_norm", norm)
-        opt.step()
+            norm = norm / 2**self._lg_loss_scale
+        good = norm.isfinite()
+        self._scale(grads, norm)
+        _step(opt, good)
         if self._halves:
             with th.no_grad():
                 th._foreach_copy_([p for p, _ in self._halves], [m for _, m in self._halves])
-        self.lg_loss_scale += self.fp16_scale_growth if self.use_fp16 else 0.0
-        return True
+        self._count(good)
+        return good, norm
 
-    def _skip(self):
-        self.bad_steps += 1
-        self.skipped += 1
+    def _scale(self, grads, norm):
+        factor = (self.grad_clip / norm).clamp(max=1) if self.grad_clip else None  # a norm of 0 gives inf, clamped
         if self.use_fp16:
-            self.lg_loss_scale = max(self.lg_loss_scale - 1, 0.0)
-            logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
-        else:
-            logger.warn(f"the loss or its gradient is not finite: step skipped ({self.skipped} so far)")
-        self.zero_grad()
+            factor = (1 if factor is None else factor) / 2**self._lg_loss_scale
+        if factor is not None:
+            th._foreach_mul_(grads, factor.float())
+
+    def _count(self, good):
+        bad = (~good).long()
+        self._counts.copy_(th.stack([(self._counts[0] + 1) * bad, self._counts[1] + bad]))
+        if self.use_fp16:
+            grown, shrunk = self._lg_loss_scale + self.fp16_scale_growth, (self._lg_loss_scale - 1).clamp(min=0)
+            self._lg_loss_scale.copy_(th.where(good, grown, shrunk))
 
     def param_norm(self):
         """L2 norm of all weights: one host synchronization."""
-        return th.linalg.vector_norm(th.stack(th._foreach_norm(self.master_params))).item()
+        return global_norm(self.master_params).item()
 
     def master_params_to_state_dict(self, master_params):
         """A float32 state dict of the model in which `master_params` stand for its parameters (EMA weights do too)."""
@@ -106,3 +131,26 @@ class MixedPrecisionTrainer:
     def state_dict_to_master_params(self, state_dict):
         """The inverse: a list of parameters in the order of `master_params`."""
         return [th.nn.Parameter(state_dict[name].to(m)) for name, m in zip(self.names, self.master_params)]
+
+
+@th.no_grad()
+def global_norm(tensors):
+    """L2 norm over all tensors together, on their device."""
+    return th.linalg.vector_norm(th.stack(th._foreach_norm(tensors)))
+
+
+def make_adamw(params, **options):
+    """AdamW in its fused form where the device has one: faster, and able to skip a step without asking the host."""
+    params = list(params)
+    fused = params[0].device.type in ("cpu", "cuda")
+    return th.optim.AdamW(params, fused=fused, **options)
+
+
+def _step(opt, good):
+    """`opt.step()` where `good` (a tensor) is true. Fused optimizers look at it on the device, others on the host."""
+    if getattr(opt, "_step_supports_amp_scaling", False):
+        opt.grad_scale, opt.found_inf = None, (~good).float()
+        opt.step()
+        del opt.grad_scale, opt.found_inf
+    elif good:
+        opt.step()

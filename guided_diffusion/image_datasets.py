@@ -6,6 +6,7 @@ stream is the same for any number of workers, and R ranks with batches of B see 
 that one rank with batches of R * B sees.
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -80,7 +81,7 @@ def load_data(
         num_workers=num_workers,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
-    return ImageBatches(loader, source, batches_per_epoch)
+    return ImageBatches(loader, source, batches_per_epoch, _fingerprint(source, str(data_dir)))
 
 
 def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
@@ -94,20 +95,32 @@ def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
     return images_per_rank // batch_size
 
 
+def _fingerprint(source, data_dir):
+    if isinstance(source.images, np.ndarray):
+        digest = hashlib.sha256(np.ascontiguousarray(source.images))
+    else:
+        digest = hashlib.sha256("\n".join(path[len(data_dir) :].lstrip("/") for path in source.images).encode())
+    if source.labels is not None:
+        digest.update(np.ascontiguousarray(source.labels))
+    return digest.hexdigest()[:16]
+
+
 class ImageBatches:
     """
     The endless iterator that `load_data` returns.
 
     Attributes: `num_images` in the data; `batches_per_epoch` of this rank; `class_names` [list of str; the numbers
     where labels have no names; None without labels]; `label_rule`, a phrase for the log; `text_encoder`, the name of
-    what made the vectors, or None; `bad_images`, how many files were skipped so far.
+    what made the vectors, or None; `fingerprint`, a text that other data would not have (of files, their names and
+    order alone); `bad_images`, how many files were skipped so far.
     """
 
-    def __init__(self, loader, source, batches_per_epoch):
+    def __init__(self, loader, source, batches_per_epoch, fingerprint):
         self.num_images = len(source.images)
         self.batches_per_epoch = batches_per_epoch
         self.class_names = source.class_names
         self.label_rule = source.rule
+        self.fingerprint = fingerprint
         self.text_encoder = source.text_encoder
         self._bad = set()
         self._batches = iter(loader)

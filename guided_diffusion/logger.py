@@ -175,6 +175,33 @@ def _drop_unfinished_line(filename):
             file.truncate(content.rfind(b"\n") + 1)
 
 
+def rewind(dir, step):
+    """
+    Take the rows of later steps than `step` out of the progress files of a folder: a run that goes on from that step
+    writes them again. Call it before `configure`.
+    """
+    for name, parse in (("progress.csv", _csv_steps), ("progress.json", _json_steps)):
+        path = os.path.join(dir, name)
+        if os.path.exists(path):
+            _drop_unfinished_line(path)
+            with open(path, encoding="utf-8", newline="") as file:
+                lines = file.readlines()
+            kept = [line for line, at in zip(lines, parse(lines)) if at is None or at <= step]
+            if kept != lines:
+                with checkpoint.writing(path) as file:
+                    file.write("".join(kept).encode())
+
+
+def _csv_steps(lines):
+    header, *rows = csv.reader(lines) if lines else [[]]
+    place = header.index("step") if "step" in header else None
+    return [None, *(None if place is None or not row[place] else float(row[place]) for row in rows)]
+
+
+def _json_steps(lines):
+    return [json.loads(line).get("step") for line in lines]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The interface
 

@@ -56,14 +56,23 @@ def normalization(channels):
 
 
 @torch.no_grad()
-def update_ema(target_params, source_params, rate=0.99):
-    """In place, for each pair of tensors: target <- rate * target + (1 - rate) * source."""
+def update_ema(target_params, source_params, rate=0.99, where=None):
+    """
+    In place, for each pair of tensors: target <- rate * target + (1 - rate) * source.
+
+    where: a boolean tensor of no axes on their device; where it is false nothing moves, and nobody waits for it.
+    """
     targets = list(target_params)
     sources = [source.to(target) for target, source in zip(targets, source_params, strict=True)]
-    if targets:
-        # One fused call, as torch.optim.swa_utils does it; written target + (1 - rate) * (source - target), so that
-        # a target which has arrived at its source stays there exactly.
+    if not targets:
+        return
+    # Written target + (1 - rate) * (source - target), so that a target which has arrived at its source stays there.
+    if where is None:
         torch._foreach_lerp_(targets, sources, 1 - rate)
+        return
+    gaps = torch._foreach_sub(sources, targets)
+    torch._foreach_mul_(gaps, where.to(gaps[0].dtype) * (1 - rate))
+    torch._foreach_add_(targets, gaps)
 
 
 @torch.no_grad()

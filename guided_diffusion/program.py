@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import sys
 
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, logger, text
+from . import checkpoint, config, dist_util, guidance, health, logger, runs, text
 from .generate import collect, planned, sample_stream, save_samples
 from .image_datasets import load_data
 from .script_util import open_diffusion
@@ -17,7 +18,8 @@ def start(args, *settled_later):
     Set up processes, device, output folder and log from RunOptions, and log every option.
 
     :param settled_later: groups of options that a checkpoint's config.json will settle: logged only if typed.
-    :return: (device, folder), the folder being the same for all ranks and known to be writable.
+    :return: (device, folder), the folder being the same for all ranks and known to be writable. A training run's is
+        then this run's alone, and `args.resume_checkpoint` is what it goes on from.
     """
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
@@ -25,7 +27,13 @@ def start(args, *settled_later):
     wanted = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or logger.default_dir()
     folder = dist_util.gather_objects(wanted)[0]
     checkpoint.check_writable(folder)
+    said = []
+    if hasattr(args, "resume"):
+        taken = dist_util.from_main(runs.take_up, folder, args.resume, args.resume_checkpoint)
+        args.resume_checkpoint, said = taken
     logger.configure(dir=folder)
+    for line in said:
+        logger.warn(line)
     th.manual_seed(args.seed)  # of the weights that training starts from; all else has generators of its own
     later = config.options(*settled_later).keys() - args.explicit
     shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in later})
@@ -33,13 +41,30 @@ def start(args, *settled_later):
     return dist_util.dev(), folder
 
 
-def network_flags(args, resume_checkpoint, *groups):
-    """The options of a network to train: as typed, else from the config.json beside the checkpoint, else default."""
-    flags = config.flags_of(args, *groups)
-    if resume_checkpoint:
-        known = (checkpoint.read_config(resume_checkpoint) or {}).get("flags", {})
-        flags |= {name: value for name, value in known.items() if name in flags and name not in args.explicit}
-    return flags
+def network_flags(args, folder, kind, *groups):
+    """
+    The options of a network to train: as typed, else from the config.json beside the checkpoint to go on from, else
+    default.
+
+    :param kind: of network, as in config.json.
+    :raises ValueError: if the checkpoint is of another kind; if the run goes on in its own folder and typed options
+        differ, unless `args.force`.
+    """
+    flags, path = config.flags_of(args, *groups), args.resume_checkpoint
+    if not path:
+        return flags
+    content = checkpoint.read_config(path) or {"kind": kind, "flags": {}}
+    if content["kind"] != kind:
+        raise ValueError(f"{path} holds a {content['kind']} network, not a {kind} one: choose another --log_dir")
+    known = content["flags"]
+    told = {name: value for name, value in known.items() if name in flags}
+    for name in sorted(told.keys() & args.explicit - set(checkpoint.PASSING)):
+        if told[name] != flags[name]:
+            said = f"--{name} {flags[name]}: the checkpoint to go on from, {path}, has {name} {told[name]}"
+            if runs.is_own(folder, path) and not args.force:
+                raise ValueError(f"{said}; choose another --log_dir for a new run, or --force True to go on so")
+            logger.warn(said)
+    return flags | {name: value for name, value in told.items() if name not in args.explicit}
 
 
 def class_names(path):
@@ -61,17 +86,8 @@ def log_network(path, flags):
 
 
 def open_training_data(args, flags, class_cond):
-    """
-    The stream of training images; of a resumed run, from where it stopped and with the labels that it had.
-
-    :raises ValueError: if a run that is not resumed would write over the checkpoints of another.
-    """
-    earlier = checkpoint.latest(logger.get_dir())
-    if earlier and not args.resume_checkpoint:
-        raise ValueError(
-            f"{logger.get_dir()} holds the checkpoints of a run: go on from it by --resume_checkpoint {earlier}, or "
-            "choose another --log_dir"
-        )
+    """The stream of training images; of a resumed run, from where it stopped and with the labels that it had."""
+    batch = max(args.batch_size, 1) * dist_util.world_size()
     data = open_data(
         args,
         flags,
@@ -81,7 +97,7 @@ def open_training_data(args, flags, class_cond):
         random_flip=args.random_flip,
         class_names=class_names(args.resume_checkpoint),
         vector_channels=flags.get("vector_channels", 0),
-        first_batch=checkpoint.parse_resume_step_from_filename(args.resume_checkpoint),
+        first_batch=runs.images_seen(args.resume_checkpoint, batch) // batch,
     )
     known = text_encoder(args.resume_checkpoint)
     if known and data.text_encoder != known:
@@ -90,6 +106,29 @@ def open_training_data(args, flags, class_cond):
             f" {data.text_encoder}: give data with vectors of the same kind"
         )
     return data
+
+
+def open_validation_data(args, flags, class_cond, names):
+    """The stream of held-out images, from where a resumed run stopped, or None without --val_data_dir."""
+    if not args.val_data_dir:
+        return None
+    if args.eval_interval < 1:
+        raise ValueError(f"--eval_interval must be 1 or more, not {args.eval_interval}")
+    done = checkpoint.parse_resume_step_from_filename(args.resume_checkpoint) // args.eval_interval
+    return open_data(
+        args, flags, args.val_data_dir, class_cond=class_cond, random_flip=False, class_names=names,
+        vector_channels=flags.get("vector_channels", 0), first_batch=done,
+    )  # fmt: skip
+
+
+def begin_run(args, folder, kind, flags, data, **extra):
+    """Write config.json and run.json, once it is known that all options fit. Collective."""
+
+    def write():
+        runs.record(folder, args, data, args.resume_checkpoint if runs.is_own(folder, args.resume_checkpoint) else None)
+        checkpoint.write_config(folder, kind, flags, class_names=data.class_names, **extra)
+
+    dist_util.from_main(write)
 
 
 def open_data(args, flags, data_dir, **how):
@@ -157,16 +196,31 @@ def alone():
 def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
-    names += " grad_clip max_bad_steps seed"
+    names += " grad_clip max_bad_steps seed lr_schedule lr_warmup eval_interval keep_last keep_every keep_best"
+    names += " background_save max_minutes"
     return {name: getattr(args, name) for name in names.split()} | {"progress": True, "flags": flags}
 
 
 def run(main):
-    """Run a program's main; see `config.run_program` for its errors."""
+    """
+    Run a program's main; see `config.run_program` for its errors. A run that was asked to stop and has saved ends with
+    exit code 75; a process that ends since another one failed, with 2 and without a word.
+    """
 
     def leave_together():
-        main()
+        code = 0
+        try:
+            with dist_util.naming_lost_peers():
+                main()
+        except health.Stopped as stop:
+            code = 2 if stop.reason == health.FAILED else health.EXIT_CODE
+            if code != 2:
+                logger.log(stop)
+        finally:
+            runs.leave()
         dist_util.finish()
+        if code:
+            sys.exit(code)
 
     config.run_program(leave_together)
 

@@ -37,7 +37,8 @@ class ScheduleSampler(ABC):
         p = weights / np.sum(weights)
         rows = (np.random if rng is None else rng).choice(len(p), size=(batch_size,), p=p)
         importance = 1 / (len(p) * p[rows])
-        return th.from_numpy(rows).long().to(device), th.from_numpy(importance).float().to(device)
+        return (th.from_numpy(rows).long().to(device, non_blocking=True),
+                th.from_numpy(importance).float().to(device, non_blocking=True))  # fmt: skip
 
 
 class UniformSampler(ScheduleSampler):
@@ -89,7 +90,8 @@ class LossAwareSampler(ScheduleSampler):
         if dist.is_available() and dist.is_initialized():
             mine, pairs = pairs[0], [None] * dist.get_world_size()
             dist.all_gather_object(pairs, mine)
-        self.update_with_all_losses([t for ts, _ in pairs for t in ts], [v for _, losses in pairs for v in losses])
+        # In the order of the whole batch, of which rank r has every place k * ranks + r.
+        self.update_with_all_losses(*(_interleaved([pair[kind] for pair in pairs]) for kind in (0, 1)))
 
     @abstractmethod
     def update_with_all_losses(self, ts, losses):
@@ -121,8 +123,28 @@ class LossSecondMomentResampler(LossAwareSampler):
             self._loss_history[t, self._loss_counts[t] % self.history_per_term] = loss
             self._loss_counts[t] += 1
 
+    def state(self):
+        """What to keep for a resumed run, as tensors."""
+        return {"history": th.from_numpy(self._loss_history.copy()), "counts": th.from_numpy(self._loss_counts.copy())}
+
+    def load_state(self, state):
+        """
+        Take up what `state` gave.
+
+        :raises ValueError: if it is of a process with other steps.
+        """
+        history, counts = (state[name].cpu().numpy() for name in ("history", "counts"))
+        if history.shape != self._loss_history.shape:
+            raise ValueError(f"the history of losses has shape {history.shape}, this run's {self._loss_history.shape}")
+        self._loss_history, self._loss_counts = history.copy(), counts.copy()
+
     def _warmed_up(self):
         return (self._loss_counts >= self.history_per_term).all()
+
+
+def _interleaved(lists):
+    """[[a0, a1], [b0, b1]] -> [a0, b0, a1, b1]; shorter lists end earlier."""
+    return [part[k] for k in range(max(map(len, lists))) for part in lists if k < len(part)]
 
 
 SCHEDULE_SAMPLERS = {

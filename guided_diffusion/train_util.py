@@ -2,106 +2,54 @@
 
 import contextlib
 import copy
+import math
 import os
-import signal
-import threading
 import time
 
 import numpy as np
 import torch as th
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, ema, health, logger, saves
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename  # the original's place
-from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm, make_adamw
 from .nn import update_ema
-from .resample import LossAwareSampler, UniformSampler
+from .tally import Tally, merged
+from .tasks import ClassifierTask as ClassifierTask
+from .tasks import DiffusionTask as DiffusionTask
+from .tasks import compute_top_k as compute_top_k
 
-# -------------------------------------------------------------------------------------------------------------- tasks
-
-
-class DiffusionTask:
-    """
-    Denoising at sampled timesteps.
-
-    A task has a `net`, the number of rows `num_timesteps` (for the log), a `prefix` for its log keys, and two methods:
-    `draw(n, device, rng) -> (t [n], weights [n])` and `loss(net, x0, cond, t, noise) -> {name: [n], "loss": [n]}`,
-    where `net` is the network as the loop wrapped it and noise is N(0, I) like x0.
-    """
-
-    prefix = ""
-
-    def __init__(self, model, diffusion, schedule_sampler=None):
-        self.net = model
-        self.diffusion = diffusion
-        self.num_timesteps = diffusion.num_timesteps
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-
-    def draw(self, n, device, rng):
-        return self.schedule_sampler.sample(n, device, rng)
-
-    def loss(self, net, x0, cond, t, noise):
-        terms = self.diffusion.training_losses(net, x0, t, model_kwargs=cond, noise=noise)
-        if isinstance(self.schedule_sampler, LossAwareSampler) and th.is_grad_enabled():
-            self.schedule_sampler.update_with_local_losses(t, terms["loss"].detach())
-        return terms
-
-
-class ClassifierTask:
-    """Classification of noised images (or clean ones, at t = 0); see `DiffusionTask` for the methods."""
-
-    prefix = "train_"
-
-    def __init__(self, classifier, diffusion, schedule_sampler=None, noised=True):
-        self.net = classifier
-        self.diffusion = diffusion
-        self.num_timesteps = diffusion.num_timesteps
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-        self.noised = noised
-
-    def draw(self, n, device, rng):
-        if not self.noised:
-            return th.zeros(n, dtype=th.int64, device=device), th.ones(n, device=device)
-        t, weights = self.schedule_sampler.sample(n, device, rng)
-        return t, th.ones_like(weights)  # as the original: accuracy, not a bound, is the aim
-
-    def loss(self, net, x0, cond, t, noise):
-        x = self.diffusion.q_sample(x0, t, noise) if self.noised else x0
-        logits = net(x, self.diffusion.clock(t))
-        terms = {"loss": F.cross_entropy(logits, cond["y"], reduction="none")}
-        for k in (1, min(5, logits.shape[1])):
-            terms[f"acc@{k}"] = compute_top_k(logits, cond["y"], k, reduction="none")
-        return terms
-
-
-def compute_top_k(logits, labels, k, reduction="mean"):
-    """Whether the label is among the k largest logits: its mean, or [N] with reduction "none"."""
-    hits = (logits.topk(k, dim=-1).indices == labels[:, None]).any(-1).float()
-    return hits.mean() if reduction == "mean" else hits
-
-
-# ----------------------------------------------------------------------------------------------------------- the loop
+STATE_FORMAT = 1
+# First words of seeds, which keep the families of random numbers apart: of training, and of validation.
+_TRAIN, _VALIDATE = 0, 1
 
 
 class Trainer:
     """
     load -> loop { step, log, validate, save }.
 
-    `step` counts updates: modelNNNNNN.pt holds exactly NNNNNN of them.
+    `step` counts updates: modelNNNNNN.pt holds exactly NNNNNN of them. Everything random is a function of the seed, the
+    step and the place of a sample in the whole batch (place k of rank r is k * ranks + r), so that neither microbatches
+    nor the way the batch is shared among processes change a run but in the order of sums. Dropout alone is drawn for
+    each process and microbatch: it is the same again only for the same shares.
 
-    :param task: what to train; see `DiffusionTask`.
-    :param data: iterator of (x0 [N,C,H,W], cond dict).
+    :param task: what to train; see `tasks.DiffusionTask`.
+    :param data: iterator of (x0 [N,C,H,W], cond dict); for a resumed run, from where it stopped.
     :param batch_size: images a step in each process; `microbatch` of them at a time are in memory (-1: all).
     :param beta2: decay of AdamW's mean of squared gradients.
-    :param ema_rates: decay of each averaged copy of the weights.
-    :param ema_warmup: limit the decay to (1 + step) / (10 + step), so that early averages forget the random start.
+    :param averages: of the weights; see `ema`.
     :param iterations: stop after so many updates in all (0: no such limit).
-    :param lr_anneal_steps: let the rate fall linearly to 0 over so many updates, and stop there (0: constant).
+    :param lr_schedule: a row of LR_SCHEDULES; all but "constant" end with `lr_anneal_steps`.
+    :param lr_anneal_steps: let the rate fall to 0 over so many updates, and stop there (0: constant).
+    :param lr_warmup: let the rate rise linearly from 0 over so many updates first.
     :param grad_clip: largest gradient norm (0: no limit).
-    :param max_bad_steps: stop after so many steps in a row whose gradient was not finite.
+    :param max_bad_steps: stop when so many steps in a row had no finite gradient; seen when a row of the log is due.
+    :param max_minutes: save and stop after so many minutes (0: no limit).
     :param val_data: iterator for validation every `eval_interval` steps, or None.
-    :param seed: of the timesteps and noise.
+    :param keep_last, keep_every, keep_best: which checkpoints stay; see `saves.Saver`. The best has the least mean
+        validation loss since the save before it.
+    :param background_save: write checkpoints beside the next steps.
+    :param seed: of everything random.
     :param progress: show a progress bar.
     :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
         `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
@@ -118,10 +66,11 @@ class Trainer:
         lr=1e-4,
         weight_decay=0.0,
         beta2=0.999,
-        ema_rates=(),
-        ema_warmup=True,
+        averages=(),
         iterations=0,
+        lr_schedule="linear",
         lr_anneal_steps=0,
+        lr_warmup=0,
         log_interval=10,
         save_interval=10000,
         resume_checkpoint="",
@@ -130,8 +79,13 @@ class Trainer:
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         grad_clip=0.0,
         max_bad_steps=100,
+        max_minutes=0.0,
         val_data=None,
         eval_interval=0,
+        keep_last=0,
+        keep_every=0,
+        keep_best=False,
+        background_save=True,
         seed=0,
         progress=False,
         drop=None,
@@ -141,23 +95,25 @@ class Trainer:
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, not {value}")
-        if not all(0 <= rate < 1 for rate in ema_rates):
-            raise ValueError(f"an ema_rate is a decay in [0, 1), as 0.9999, not {', '.join(map(str, ema_rates))}")
+        if lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
         self.task, self.data = task, data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
         if not 0 <= beta2 < 1:
             raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {beta2}")
-        self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
-        self.betas = 0.9, beta2
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, (0.9, beta2)
+        self.lr_schedule, self.lr_anneal_steps, self.lr_warmup = lr_schedule, lr_anneal_steps, lr_warmup
         self.total = min([steps for steps in (iterations, lr_anneal_steps) if steps > 0], default=0)
-        self.ema_rates, self.ema_warmup = list(ema_rates), ema_warmup
+        self.averages = list(averages)
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
         self.max_bad_steps, self.val_data = max_bad_steps, val_data
         self.seed, self.progress, self.drop = seed, progress, drop
-        self.step = self.saved_at = 0
-        self.stop_asked = False
+        self.step = self.saved_at = self.images = 0
+        self.best = {"step": None, "val_loss": math.inf} if keep_best else None
         self.device = next(task.net.parameters()).device
+        self.stop = health.StopSigns(max_minutes)
+        self.tally = Tally(task.num_timesteps)
 
         if resume_checkpoint:
             self._load_weights(resume_checkpoint, flags or {})
@@ -169,12 +125,15 @@ class Trainer:
             initial_lg_loss_scale=initial_lg_loss_scale,
             grad_clip=grad_clip,
         )
-        self.opt = th.optim.AdamW(self.mp_trainer.master_params, lr=lr, betas=self.betas, weight_decay=weight_decay)
-        self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.ema_rates]
+        self.opt = make_adamw(self.mp_trainer.master_params, lr=lr, betas=self.betas, weight_decay=weight_decay)
+        self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.averages]
         if resume_checkpoint:
             self._load_companions(resume_checkpoint)
         self.net = self._parallel(task.net)
-        self._terms = []  # (key prefix, t, {name: [n]}) since the last log, still on the device
+        self.saver = saves.Saver(
+            logger.get_dir(), background=background_save, keep_last=keep_last, keep_every=keep_every
+        )
+        self._val_losses = []
         self._seconds = time.monotonic()
 
     @staticmethod
@@ -192,58 +151,61 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------- walk
 
     def run_loop(self):
-        """Train until the last update is done and saved; without a limit, for ever."""
-        with self._bar() as bar, self._interruptible():
+        """
+        Train until the last update is done and saved; without a limit, for ever.
+
+        :raises health.Stopped: after a save, if a signal or the time asked for the end.
+        """
+        with self._bar() as bar, self.stop.listening(), self.saver:
             while not self.total or self.step < self.total:
-                x0, cond = self._next_of(self.data)
-                self.run_step(x0, cond)
+                batch, error = self._next_of(self.data)
+                self._agree_to_go_on(error)
+                self.run_step(*batch)
                 bar.update()
-                if self.val_data is not None and self.eval_interval and self.step % self.eval_interval == 0:
+                if self._due(self.eval_interval) and self.val_data is not None:
                     self.validate()
-                if self.step == 1 or self.step % self.log_interval == 0:
+                if self.step == 1 or self._due(self.log_interval):
                     bar.set_postfix(loss=f"{self.dump_log():.4g}")
-                if self.step % self.save_interval == 0:
+                if self._due(self.save_interval):
                     self.save()
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):
-                        return
-                if self.stop_asked:
-                    self._stop()
-        if self._terms:
-            self.dump_log()
-        if self.saved_at != self.step:
-            self.save()
+                        break
+                self.saver.check()
+            if self.tally:
+                self.dump_log()
+            self._save_if_new()
 
-    @contextlib.contextmanager
-    def _interruptible(self):
-        """In a single process, Ctrl-C and SIGTERM let the update under way end, save it and say how to go on."""
-        if dist_util.world_size() > 1 or threading.current_thread() is not threading.main_thread():
-            yield
+    def _due(self, interval):
+        return interval > 0 and self.step % interval == 0
+
+    def _agree_to_go_on(self, error):
+        """
+        All processes go on, or all save the updates so far and leave: the one that met an error by raising it, the
+        others because of it; all, if one of them was asked to stop.
+        """
+        reason = dist_util.largest(health.FAILED if error else self.stop.asked())
+        if not reason:
             return
-        handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        self._save_if_new()
+        if error:
+            raise error
+        name = os.path.join(logger.get_dir(), checkpoint.model_name(self.step))
+        raise health.Stopped(reason, f"stopped at update {self.step}, which is saved in {name}: run the same command"
+                             " again to go on")  # fmt: skip
 
-    def _ask_to_stop(self, number, frame):
-        self.stop_asked = True
-
-    def _stop(self):
+    def _save_if_new(self):
         if self.saved_at != self.step:
             self.save()
-        name = os.path.join(logger.get_dir(), checkpoint.model_name(self.step))
-        logger.log(f"stopped at update {self.step}; go on by the same command with --resume_checkpoint {name}")
-        raise KeyboardInterrupt
+        self.saver.wait()
+        dist_util.barrier()
 
-    def _next_of(self, batches):
-        """A batch; if an image of it cannot be read, the updates so far are saved before the run stops."""
+    @staticmethod
+    def _next_of(batches):
+        """(a batch, None), or (None, the error of an image that cannot be read)."""
         try:
-            return next(batches)
-        except ValueError:
-            if self.saved_at != self.step:
-                self._write_files()
-            raise
+            return next(batches), None
+        except (ValueError, OSError) as error:
+            return None, error
 
     def _bar(self):
         from tqdm.auto import tqdm
@@ -257,20 +219,21 @@ class Trainer:
             mininterval=0.5,
         )
 
+    # --------------------------------------------------------------------------------------------------------- a step
+
     def run_step(self, x0, cond):
         """One update from a batch x0 [N,C,H,W]; skipped, and counted, if its gradient is not finite."""
         self._set_lr()
         self.forward_backward(x0, cond)
-        took_step = self.mp_trainer.optimize(self.opt)
+        good, norm = self.mp_trainer.optimize(self.opt)
+        self.tally.add(grad_norm=norm)
+        if self.mp_trainer.use_fp16:
+            self.tally.add(lg_loss_scale=self.mp_trainer._lg_loss_scale)
         self.step += 1
-        if took_step:
-            self._update_ema()
-        elif self.mp_trainer.bad_steps >= self.max_bad_steps:
-            raise ArithmeticError(
-                f"the loss or its gradient was not finite in {self.mp_trainer.bad_steps} updates in a row, up to "
-                f"update {self.step}: stopped, and the last checkpoint (update {self.saved_at}) left as it is; lower "
-                "--lr, set --grad_clip 1, or look for bad values in the data"
-            )
+        self.images += self.batch_size * dist_util.world_size()
+        for average, params in zip(self.averages, self.ema_params):
+            decay = average.decay(self.step, self.batch_size * dist_util.world_size())
+            update_ema(params, self.mp_trainer.master_params, rate=decay, where=good)
 
     def forward_backward(self, x0, cond):
         """
@@ -278,109 +241,157 @@ class Trainer:
         microbatch changes memory and nothing else. (The original adds up the microbatches' means.)
         """
         self.mp_trainer.zero_grad()
-        rng = np.random.default_rng((self.seed, self.step, dist_util.rank()))
-        th.manual_seed(int(rng.integers(2**63)))
-        x0 = x0.to(self.device, non_blocking=True)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
-        t, weights = self.task.draw(len(x0), self.device, rng)
-        cond = self.drop(cond, rng) if self.drop else cond
-        noise = th.randn_like(x0)
-        starts = range(0, len(x0), self.microbatch)
+        x0, cond, t, weights, noise = self._last = self._draws(_TRAIN, x0, cond)
+        losses, starts = [], range(0, len(x0), self.microbatch)
         for start in starts:
             part = slice(start, start + self.microbatch)
             last = start == starts[-1]
             wait = contextlib.nullcontext() if last or self.net is self.task.net else self.net.no_sync()
             with wait:
-                part_cond = {name: value[part] for name, value in cond.items()}
-                terms = self.task.loss(self.net, x0[part], part_cond, t[part], noise[part])
+                terms = self.task.loss(self.net, x0[part], _part(cond, part), t[part], noise[part])
+                losses.append(terms["loss"].detach())
                 weighted = {name: value * weights[part] for name, value in terms.items()}
-                self._terms.append((self.task.prefix, t[part], {k: v.detach() for k, v in weighted.items()}))
+                self.tally.add_terms(weighted, t[part], self.task.prefix)
                 self.mp_trainer.backward(weighted["loss"].sum() / len(x0))
+            if start == 0 and not last:
+                self._first_norm = self._gradient_norm()
+        self._note_noise_scale(len(starts), len(x0))
+        if hasattr(self.task, "learn"):
+            self.task.learn(t, th.cat(losses))
+
+    def _draws(self, family, x0, cond):
+        """
+        A batch on the device with its timesteps, weights and noise, and its conditions dropped where training drops
+        them. All is drawn for the whole batch of all processes, of which this one takes its share.
+        """
+        ranks, rank = dist_util.world_size(), dist_util.rank()
+        rng = np.random.default_rng((family, self.seed, self.step))
+        th.manual_seed(int(rng.integers(2**63)) + rank)  # of dropout
+        x0 = x0.to(self.device, non_blocking=True)
+        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        t, weights = (each[rank::ranks] for each in self.task.draw(len(x0) * ranks, self.device, rng))
+        if self.drop and family == _TRAIN:
+            cond = self.drop(cond, Share(rng, rank, ranks))
+        places = range(rank, len(x0) * ranks, ranks)
+        return x0, cond, t, weights, noise_like(x0, (family, self.seed, self.step), places)
+
+    def _gradient_norm(self):
+        return global_norm([p.grad for p in self.mp_trainer.model_params if p.grad is not None])
+
+    def _note_noise_scale(self, parts, n):
+        """
+        The two unbiased estimates behind the gradient noise scale tr(S) / |G|^2 (McCandlish et al. 2018, arXiv
+        1812.06162, appendix A.1), from the norms of the first microbatch's gradient and of the whole one.
+        """
+        if parts == 1 or dist_util.world_size() > 1 or self.mp_trainer.use_fp16:
+            return
+        small = (self._first_norm * n / self.microbatch).square()
+        big = self._gradient_norm().square()
+        b = self.microbatch
+        self.tally.add(grad_square=(n * big - b * small) / (n - b), grad_trace=(small - big) / (1 / b - 1 / n))
 
     def _set_lr(self):
-        share = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
-        for group in self.opt.param_groups:  # as asked for now, whatever a resumed optimizer remembers
-            group.update(lr=self.lr * (1 - share), weight_decay=self.weight_decay, betas=self.betas)
-
-    def _update_ema(self):
-        ceiling = self.step / (9 + self.step) if self.ema_warmup else 1.0
-        for rate, params in zip(self.ema_rates, self.ema_params):
-            update_ema(params, self.mp_trainer.master_params, rate=min(rate, ceiling))
+        """As asked for now, whatever a resumed optimizer remembers."""
+        done = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
+        share = LR_SCHEDULES[self.lr_schedule](done) * min(1.0, (self.step + 1) / max(self.lr_warmup, 1))
+        for group in self.opt.param_groups:
+            group.update(lr=self.lr * share, weight_decay=self.weight_decay, betas=self.betas)
 
     # ----------------------------------------------------------------------------------------- validation and the log
 
     @th.no_grad()
     def validate(self):
-        """Log the loss of one held-out batch under val_*."""
-        x0, cond = self._next_of(self.val_data)
-        cond = {name: value.to(self.device) for name, value in cond.items()}
-        training = self.task.net.training
-        self.task.net.eval()
-        rng = np.random.default_rng((self.seed, self.step, dist_util.rank(), 1))
-        t, _ = self.task.draw(len(x0), self.device, rng)
-        x0 = x0.to(self.device)
-        terms = self.task.loss(self.task.net, x0, cond, t, th.randn_like(x0))
-        self._terms.append(("val_", t, terms))
-        self.task.net.train(training)
+        """Add the loss of one held-out batch to the log under val_*."""
+        batch, error = self._next_of(self.val_data)
+        self._agree_to_go_on(error)
+        with health.evaluating(self.task.net):
+            x0, cond, t, _, noise = self._draws(_VALIDATE, *batch)
+            terms = self.task.loss(self.task.net, x0, cond, t, noise)
+        self.tally.add_terms(terms, t, "val_")
+        self._val_losses.append(terms["loss"].mean())
 
     def dump_log(self):
         """Write a row of the log: means over all processes since the last one. Returns the training loss."""
-        means = self._reduced_terms()
+        row = self.tally.means()
+        trace, square = row.pop("grad_trace", None), row.pop("grad_square", None)
+        if trace is not None and square > 0:
+            row["grad_noise_scale"] = trace / square  # images
+        row |= self._probe()
         now = time.monotonic()
-        logger.logkv("step", self.step)
-        logger.logkv("samples", self.step * self.batch_size * dist_util.world_size())
-        logger.logkv("lr", self.opt.param_groups[0]["lr"])
-        logger.logkv("param_norm", self.mp_trainer.param_norm())
-        if self.mp_trainer.skipped:
-            logger.logkv("skipped_steps", self.mp_trainer.skipped)
-        for name, value in means.items():
-            logger.logkv(name, value)
-        logger.logkv("seconds", now - self._seconds)
+        row |= {"step": self.step, "samples": self.images, "lr": self.opt.param_groups[0]["lr"],
+                "param_norm": self.mp_trainer.param_norm(), "seconds": now - self._seconds}  # fmt: skip
         self._seconds = now
+        for average, params in zip(self.averages, self.ema_params):
+            gaps = th._foreach_sub(params, self.mp_trainer.master_params)
+            row[f"ema_distance_{average.name}"] = global_norm(gaps).item() / row["param_norm"]
+        if self.mp_trainer.skipped:
+            row["skipped_steps"] = self.mp_trainer.skipped
+        for name, value in row.items():
+            logger.logkv(name, value)
         logger.dumpkvs()
-        return means.get(self.task.prefix + "loss", float("nan"))
+        self._check_health()
+        return row.get(self.task.prefix + "loss", math.nan)
 
-    def _reduced_terms(self):
-        """Means of every term, over all t and by quartile of t (_q0 the least noise), over all processes."""
-        rows = {}
-        for prefix, t, terms in self._terms:
-            for name, values in terms.items():
-                rows.setdefault(prefix + name, []).append(th.stack([values.float(), t.float()]))
-        self._terms = []
-        sums = {}
-        for name, parts in rows.items():
-            values, t = th.cat(parts, 1).cpu().double().numpy()  # one transfer a term and log interval
-            values, t = values[np.isfinite(values)], t[np.isfinite(values)]  # skipped steps are counted, not averaged
-            quartile = (4 * t / self.task.num_timesteps).astype(int)
-            for key, chosen in [(name, values), *((f"{name}_q{q}", values[quartile == q]) for q in range(4))]:
-                if len(chosen):
-                    sums[key] = (chosen.sum(), len(chosen))
-        total = {}
-        for part in dist_util.gather_objects(sums):
-            for key, (value, count) in part.items():
-                before = total.get(key, (0.0, 0))
-                total[key] = (before[0] + value, before[1] + count)
-        return {key: value / count for key, (value, count) in total.items()}
+    @th.no_grad()
+    def _probe(self):
+        """What the task can tell of its last batch, in this process."""
+        if not hasattr(self.task, "probe"):
+            return {}
+        x0, cond, t, _, noise = self._last
+        part = slice(0, self.microbatch)
+        with health.evaluating(self.task.net):
+            return self.task.probe(x0[part], _part(cond, part), t[part], noise[part])
+
+    def _check_health(self):
+        if (bad := self.mp_trainer.bad_steps) and self.mp_trainer.use_fp16:
+            logger.log(f"Found NaN, decreased lg_loss_scale to {self.mp_trainer.lg_loss_scale}")
+        elif bad:
+            logger.warn(f"the loss or its gradient is not finite: step skipped ({self.mp_trainer.skipped} so far)")
+        if bad >= self.max_bad_steps:
+            x0, cond, t, _, noise = self._last
+            where = health.first_not_finite(self.task, x0, cond, t, noise)
+            self.saver.wait()
+            raise ArithmeticError(
+                f"the loss or its gradient was not finite in {bad} updates in a row, up to update {self.step}; first "
+                f"not finite: {where}. Stopped, and the last checkpoint (update {self.saved_at}) left as it is; lower "
+                "--lr, set --grad_clip 1, or look for bad values in the data"
+            )
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self):
-        """Write a checkpoint, and let no process go on before it is there."""
-        self._write_files()
+        """Write a checkpoint, in the background unless told otherwise. Collective."""
+        tallies = dist_util.gather_objects(self.tally.state())
+        if self.best is not None and self._val_losses:
+            losses = dist_util.gather_objects(th.stack(self._val_losses).mean().item())
+            if (mean := sum(losses) / len(losses)) < self.best["val_loss"]:
+                self.best = {"step": self.step, "val_loss": mean}
+        self._val_losses = []
+        if dist_util.is_main():
+            self.saver.submit(self.step, self._files(tallies), self.best and self.best["step"])
         self.saved_at = self.step
-        dist_util.barrier()
 
-    def _write_files(self):
-        """On rank 0: the averaged weights and the optimizer, then the model, whose presence says that all is there."""
-        if not dist_util.is_main():
-            return
-        folder = logger.get_dir()
-        for rate, params in zip(self.ema_rates, self.ema_params):
-            state = self.mp_trainer.master_params_to_state_dict(params)
-            checkpoint.save(state, os.path.join(folder, checkpoint.ema_name(rate, self.step)))
-        checkpoint.save(self.opt.state_dict(), os.path.join(folder, checkpoint.opt_name(self.step)))
-        state = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
-        checkpoint.save(state, os.path.join(folder, checkpoint.model_name(self.step)))
+    def _files(self, tallies):
+        """{file name: content}, the model last, as whoever watches the folder may wait for it."""
+        as_state = self.mp_trainer.master_params_to_state_dict
+        files = {checkpoint.ema_name(average.name, self.step): as_state(params)
+                 for average, params in zip(self.averages, self.ema_params)}  # fmt: skip
+        files[checkpoint.opt_name(self.step)] = self.opt.state_dict()
+        sampler = getattr(self.task, "schedule_sampler", None)
+        files[saves.state_name(self.step)] = {
+            "format": STATE_FORMAT,
+            "step": self.step,
+            "images": self.images,
+            "batch_size": self.batch_size,
+            "ranks": dist_util.world_size(),
+            "seed": self.seed,
+            "precision": self.mp_trainer.state(),
+            "sampler": sampler.state() if hasattr(sampler, "state") else None,
+            "tallies": tallies,
+            "best": self.best,
+        }
+        files[checkpoint.model_name(self.step)] = as_state(self.mp_trainer.master_params)
+        return files
 
     def _load_weights(self, path, flags):
         self.step = self.saved_at = checkpoint.parse_resume_step_from_filename(path)
@@ -388,10 +399,10 @@ class Trainer:
         checkpoint.load_weights(self.task.net, checkpoint.load(path), path=path, flags=flags)
 
     def _load_companions(self, path):
-        """The averaged weights and the optimizer that belong to the model file `path`; said if one is missing."""
+        """The averages, the optimizer and the rest that belong to the model file `path`; said if one is missing."""
         folder = os.path.dirname(path)
-        for i, rate in enumerate(self.ema_rates):
-            state = self._companion(os.path.join(folder, checkpoint.ema_name(rate, self.step)))
+        for i, average in enumerate(self.averages):
+            state = self._companion(os.path.join(folder, checkpoint.ema_name(average.name, self.step)))
             if state is not None:
                 self.ema_params[i] = self.mp_trainer.state_dict_to_master_params(state)
         state = self._companion(os.path.join(folder, checkpoint.opt_name(self.step)))
@@ -403,12 +414,73 @@ class Trainer:
                     f"the optimizer state beside {path} does not fit this network ({error}); move "
                     f"{checkpoint.opt_name(self.step)} away to start the optimizer anew"
                 ) from error
+        self.images = self.step * self.batch_size * dist_util.world_size()
+        state = self._companion(os.path.join(folder, saves.state_name(self.step)))
+        if state is not None:
+            self._load_state(state)
+
+    def _load_state(self, state):
+        if state.get("format") != STATE_FORMAT:
+            raise ValueError(f"{saves.state_name(self.step)} has format {state.get('format')}, not {STATE_FORMAT}")
+        self.images = state["images"]
+        self.mp_trainer.load_state(state["precision"])
+        if state["sampler"] is not None and hasattr(self.task.schedule_sampler, "load_state"):
+            self.task.schedule_sampler.load_state(state["sampler"])
+        if self.best is not None and state["best"]:
+            self.best = state["best"]
+        tallies, ranks, rank = state["tallies"], dist_util.world_size(), dist_util.rank()
+        if len(tallies) == ranks:
+            self.tally.load_state(tallies[rank], self.device)
+        elif rank == 0:
+            self.tally.load_state(merged(tallies), self.device)
+        before, now = state["batch_size"] * state["ranks"], self.batch_size * ranks
+        if (state["ranks"], state["batch_size"]) != (ranks, self.batch_size):
+            same = "the same up to the order of sums" if before == now else "another run from here on"
+            logger.log(
+                f"the checkpoint was made by {state['ranks']} process(es) with batches of {state['batch_size']}, this "
+                f"run has {ranks} with {self.batch_size}: it is {same}"
+            )
 
     def _companion(self, path):
-        if os.path.exists(path) or "://" in path:
+        if os.path.exists(path) or checkpoint.is_remote(path):
             return checkpoint.load(path, map_location=self.device)
         logger.warn(f"{path} is missing: starting it anew from the loaded weights")
         return None
+
+
+LR_SCHEDULES = {  # the share of the rate by the share of --lr_anneal_steps that is done
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+
+
+class Share:
+    """A numpy generator as one of several processes sees it: what it draws is this process's part of a common draw."""
+
+    def __init__(self, rng, rank, ranks):
+        self.rng, self.rank, self.ranks = rng, rank, ranks
+
+    def random(self, n):
+        """[n] uniform in [0, 1)."""
+        return self.rng.random(n * self.ranks)[self.rank :: self.ranks]
+
+
+def noise_like(x, words, places):
+    """
+    N(0, I) like x [N, ...], sample k a function of the words of a seed and of `places[k]` alone.
+
+    (torch's generator on the CPU reads 32 bits of a seed: two samples in billions of a long training may share theirs.)
+    """
+    noise, generator = th.empty_like(x), th.Generator(x.device)
+    for each, place in zip(noise, places):
+        seed = np.random.SeedSequence((*words, place)).generate_state(1, np.uint64)[0]
+        each.normal_(generator=generator.manual_seed(int(seed >> 1)))
+    return noise
+
+
+def _part(cond, part):
+    return {name: value[part] for name, value in cond.items()}
 
 
 class TrainLoop(Trainer):
@@ -432,6 +504,9 @@ class TrainLoop(Trainer):
         schedule_sampler=None,
         weight_decay=0.0,
         lr_anneal_steps=0,
+        ema_warmup=True,
+        ema_halflife="",
+        ema_power="",
         **more,
     ):
         super().__init__(
@@ -440,7 +515,7 @@ class TrainLoop(Trainer):
             batch_size=batch_size,
             microbatch=microbatch,
             lr=lr,
-            ema_rates=parse_ema_rates(ema_rate),
+            averages=ema.parse(ema_rate, ema_halflife, ema_power, ema_warmup),
             log_interval=log_interval,
             save_interval=save_interval,
             resume_checkpoint=resume_checkpoint,
@@ -450,13 +525,3 @@ class TrainLoop(Trainer):
             lr_anneal_steps=lr_anneal_steps,
             **more,
         )
-
-
-def parse_ema_rates(ema_rate):
-    """0.9999 or "0.999,0.9999" -> list of floats; "" -> none. Raises ValueError for anything else."""
-    if isinstance(ema_rate, float):
-        return [ema_rate]
-    try:
-        return [float(part) for part in ema_rate.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"cannot read ema_rate {ema_rate!r}: give decays as 0.9999 or 0.999,0.9999") from None

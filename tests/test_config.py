@@ -61,7 +61,12 @@ RUN = {"seed": 0, "device": "", "log_dir": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
-    "label_from": "auto", "beta2": 0.999,
+    "label_from": "auto", "resume": "auto", "force": False, "lr_schedule": "linear", "lr_warmup": 0, "keep_last": 0,
+    "keep_every": 0, "keep_best": False, "background_save": True, "max_minutes": 0.0, "beta2": 0.999,
+}
+MORE_AVERAGES = {
+    "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",
+    "eval_interval": 100,
 }
 DROPOUT = {"class_dropout": 0.0}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
@@ -82,7 +87,7 @@ PROGRAMS = {
         (TrainOptions, ModelOptions, DiffusionOptions, RunOptions),
         TRAIN | MODEL | DIFFUSION,
         35,
-        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True},
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | MORE_AVERAGES,
     ),
     "image_sample": (
         (SampleOptions, ModelOptions, DiffusionOptions, RunOptions),
@@ -106,7 +111,7 @@ PROGRAMS = {
         (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
         TRAIN | SUPER_RES | DIFFUSION,
         34,
-        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | {"iterations": 0, "random_crop": False, "ema_warmup": True}
+        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | MORE_AVERAGES
         | {"channel_mult": "", "use_new_attention_order": False},
     ),
 }

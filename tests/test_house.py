@@ -30,8 +30,8 @@ MACHINERY = [
     "diffunet",
     "checkpoint",
     "dist_util",
-    "logger",
-    "fp16_util generate",
+    "logger saves ema health",
+    "fp16_util generate tally tasks runs",
     "train_util script_util",
     "program study",
 ]

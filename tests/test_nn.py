@@ -21,7 +21,7 @@ def test_signatures_are_the_originals():
         nn.conv_nd: "(dims, *args, **kwargs)",
         nn.linear: "(*args, **kwargs)",
         nn.avg_pool_nd: "(dims, *args, **kwargs)",
-        nn.update_ema: "(target_params, source_params, rate=0.99)",
+        nn.update_ema: "(target_params, source_params, rate=0.99, where=None)",
         nn.zero_module: "(module)",
         nn.scale_module: "(module, scale)",
         nn.mean_flat: "(tensor)",
@@ -31,6 +31,17 @@ def test_signatures_are_the_originals():
     }
     for function, signature in expected.items():
         assert str(inspect.signature(function)) == signature, function.__name__
+
+
+def test_an_average_stands_still_where_it_is_told_to():
+    start, source = torch.randn(3, 4), torch.randn(3, 4)
+    for rate in (0.0, 0.9, 0.99995):
+        still, moved, plain = start.clone(), start.clone(), start.clone()
+        nn.update_ema([still], [source], rate, where=torch.tensor(False))
+        nn.update_ema([moved], [source], rate, where=torch.tensor(True))
+        nn.update_ema([plain], [source], rate)
+        assert torch.equal(still, start)
+        torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-9)
 
 
 def test_networks_import_only_torch():

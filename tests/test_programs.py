@@ -21,7 +21,7 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import checkpoint, config, dist_util, generate, logger, program, sampling, train_util
+from guided_diffusion import checkpoint, config, dist_util, ema, generate, logger, program, sampling, train_util
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.script_util import create_model_and_diffusion, open_classifier, open_diffusion
 from guided_diffusion.train_util import TrainLoop
@@ -103,13 +103,24 @@ def stranger(name, words, folder, launcher=()):
     return result
 
 
+def same(a, b):
+    """Whether nested dicts, lists and tensors are equal, bit for bit."""
+    if isinstance(a, th.Tensor):
+        return th.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def rows(folder):
     with open(folder / "progress.csv") as file:
         return list(csv.DictReader(file))
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def samples(folder):
@@ -188,9 +199,9 @@ def model_of(folder):
 
 
 def test_training_writes_checkpoints_options_and_a_log(cond, pets):
-    assert names(cond) == ["config.json"] + [
-        f"{kind}_{step}.pt" for kind in ("ema_0.5", "ema_0.9") for step in ("000005", "000008")
-    ] + ["log.txt", "model000005.pt", "model000008.pt", "opt000005.pt", "opt000008.pt", "progress.csv"]  # fmt: skip
+    kinds = ("commit", "ema_0.5_", "ema_0.9_", "model", "opt", "state")
+    files = [f"{kind}{step}.{'json' if kind == 'commit' else 'pt'}" for kind in kinds for step in ("000005", "000008")]
+    assert names(cond) == sorted(["config.json", "log.txt", "progress.csv", "run.json", *files])
     content = json.loads((cond / "config.json").read_text())
     assert (content["kind"], content["class_names"]) == ("diffusion", ["ant", "bee", "cat"])
     typed = {"image_size": 8, "image_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1",
@@ -210,7 +221,8 @@ def test_training_writes_checkpoints_options_and_a_log(cond, pets):
 
 
 def test_a_classifier_of_three_classes_trains_on_a_cpu(classifier):
-    assert names(classifier) == ["config.json", "log.txt", "model000010.pt", "opt000010.pt", "progress.csv"]
+    files = ["commit000010.json", "model000010.pt", "opt000010.pt", "state000010.pt"]
+    assert names(classifier) == sorted(["config.json", "log.txt", "progress.csv", "run.json", *files])
     content = json.loads((classifier / "config.json").read_text())
     assert (content["kind"], content["class_names"]) == ("classifier", ["ant", "bee", "cat"])
     assert content["flags"]["classifier_width"] == 32 and content["flags"]["noise_schedule"] == "cosine"
@@ -242,11 +254,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, network, training, pets, t
     said = done(name, f"{words} --resume_checkpoint {tmp_path}/half/model000004.pt"
                 f" --iterations 9 --log_dir {tmp_path}/rest").out  # fmt: skip
     assert f"going on from {tmp_path}/half/model000004.pt at update 4" in said
-    files = [path.name for path in (tmp_path / "whole").glob("[!o]*000009.pt")]
-    assert len(files) == (2 if name == "image_train" else 1)
+    files = [path.name for path in (tmp_path / "whole").glob("*000009.pt")]
+    assert len(files) == (4 if name == "image_train" else 3)
     for file in files:
-        ours, whole = (checkpoint.load(tmp_path / folder / file) for folder in ("rest", "whole"))
-        assert all(th.equal(ours[key], whole[key]) for key in whole)
+        assert same(*(checkpoint.load(tmp_path / folder / file) for folder in ("rest", "whole")))
     assert (tmp_path / "rest/config.json").read_text() == (tmp_path / "whole/config.json").read_text()
     ours, whole = rows(tmp_path / "rest"), rows(tmp_path / "whole")
     assert [row["step"] for row in ours] == ["5", "6", "7", "8", "9"]
@@ -308,6 +319,7 @@ def mean_gradient_of_two(data_dir):
         for rank in (0, 1):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(dist_util, "rank", lambda rank=rank: rank)
+                patch.setattr(dist_util, "world_size", lambda: 2)
                 loop.forward_backward(*next(streams[rank]))
             gradients.append([p.grad for p in model.parameters()])
         for p, *both in zip(model.parameters(), *gradients):
@@ -479,8 +491,8 @@ def floats(monkeypatch):
 HOW = {
     "ddpm": ("image_sample", "cond", ""),
     "ddim": ("image_sample", "cond", "--use_ddim True"),
-    "guided ddpm": ("classifier_sample", "plain", "--classifier_scale 20"),
-    "guided ddim": ("classifier_sample", "plain", "--classifier_scale 20 --use_ddim True"),
+    "guided ddpm": ("classifier_sample", "plain", "--classifier_scale 5"),
+    "guided ddim": ("classifier_sample", "plain", "--classifier_scale 5 --use_ddim True"),
 }
 
 
@@ -733,7 +745,8 @@ BAD = [
     (f"{IMAGE_TRAIN} --num_channels 64 --resume_checkpoint {{plain}}/model000008.pt",
      r"model000008.pt does not fit: \d+ shapes differ \(time_embed.0.weight: file \[128, 32\], network \[256, 64\]\)"
      ".* would fit at --image_size 8: --num_channels 32, with"),
-    (f"{IMAGE_TRAIN} --resume_checkpoint {{classifier}}/model000010.pt", "does not fit.*it is a classifier network"),
+    (f"{IMAGE_TRAIN} --resume_checkpoint {{classifier}}/model000010.pt",
+     "holds a classifier network, not a diffusion one"),
     # the rest
     *[(f"{command} --log_dir {{bad}}/file/below", "cannot write to the folder .*bad/file/below.*another --log_dir")
       for command in (IMAGE_TRAIN, CLASSIFIER_TRAIN, SAMPLE, GUIDE)],
@@ -758,21 +771,31 @@ def test_bad_input_is_one_line_before_any_work(command, pattern, bad, request, t
         assert names(tmp_path / "out") == ["log.txt"]
 
 
-def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, tmp_path):
+def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, pets, tmp_path):
     """Neither a network that does not fit nor a new one of other options may overwrite what config.json tells."""
     folder = tmp_path / "run"
     shutil.copytree(plain, folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
+    (folder / ".lock").touch()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.txt", ".lock")}
     words = f"--data_dir {digits}/train {NET} {TRAIN} --iterations 9 --log_dir {folder}"
     resume = f"--resume_checkpoint {folder}/model000008.pt"
-    refused("image_train", f"{words} {resume} --learn_sigma", "does not fit")
-    refused("image_train", f"{words} {resume} --noise_schedule linear",
-            "holds checkpoints with noise_schedule cosine.*choose another --log_dir")  # fmt: skip
+    for way in (resume, ""):  # the same command goes on by itself
+        refused("image_train", f"{words} {way} --learn_sigma",
+                "--learn_sigma True.*model000008.pt, has learn_sigma False.*another --log_dir")  # fmt: skip
+        refused("image_train", f"{words} {way} --noise_schedule linear",
+                "--noise_schedule linear.*has noise_schedule cosine.*--force True")  # fmt: skip
+        refused("image_train", f"{words} {way} --seed 1", "with seed 0, this one has 1.*--force True")
+        refused("image_train", f"{words} {way} --data_dir {pets}/train", "with data [0-9a-f]{16}, this one has")
+    refused("image_train", f"{words} --learn_sigma --force True", "does not fit")
+    refused("image_train", f"{words} --resume never", "holds the checkpoints of a run and --resume is never")
     refused("classifier_train", f"--data_dir {digits}/train {CLASSIFIER} {TRAIN} --log_dir {folder}",
-            "holds the checkpoints of a run.*choose another --log_dir")  # fmt: skip
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
-    done("image_train", f"{words} {resume} --dropout 0.1")
-    assert (folder / "model000009.pt").exists()
+            "holds a diffusion network, not a classifier one: choose another --log_dir")  # fmt: skip
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.txt", ".lock")}
+    assert after == before
+    said = done("image_train", f"{words} --dropout 0.1").out
+    assert (folder / "model000009.pt").exists() and "changed since the last start: dropout 0.0 -> 0.1" in said
+    said = done("image_train", f"{words} --iterations 10 --seed 1 --force True").out
+    assert "with seed 0, this one has 1: it would be neither run; going on by --force" in said
 
 
 # Images that cannot be read
@@ -863,7 +886,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(form, plain, cl
 def test_a_rate_that_breaks_the_network_stops_the_run(digits, tmp_path):
     refused("image_train", f"--data_dir {digits}/train {NET} {TRAIN} --lr 1e30 --max_bad_steps 3 --iterations 50"
             f" --log_dir {tmp_path}", "not finite in 3 updates in a row.*lower --lr.*--grad_clip")  # fmt: skip
-    assert rows(tmp_path)[-1]["step"] == "3" and rows(tmp_path)[-1]["skipped_steps"] == "2"
+    assert rows(tmp_path)[-1]["step"] == "4" and rows(tmp_path)[-1]["skipped_steps"] == "3"
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -903,23 +926,19 @@ def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):
     data = f"--data_dir {pets}/train {TRAIN}"
     done("image_train", f"{data} {NET} --use_fp16 --fp16_scale_growth 0.5 --ema_warmup False --ema_rate 0.5"
          f" --grad_clip 2 --max_bad_steps 7 --lr_anneal_steps 9 --weight_decay 0.25 --microbatch 3 --beta2 0.75"
+         f" --ema_halflife 2 --ema_power 0.1 --lr_schedule cosine --lr_warmup 4 --keep_last 2 --keep_every 5"
+         f" --keep_best --background_save False --max_minutes 9 --val_data_dir {pets}/val --eval_interval 3"
          f" --log_dir {tmp_path}/a")  # fmt: skip
     done("classifier_train", f"{data} {CLASSIFIER} --num_classes 3 --classifier_use_fp16 --anneal_lr"
          f" --iterations 6 --schedule_sampler loss-second-moment --log_dir {tmp_path}/b")  # fmt: skip
     model, guide = loops
     assert model.mp_trainer.use_fp16 and model.mp_trainer.fp16_scale_growth == 0.5 and model.mp_trainer.grad_clip == 2
-    assert (model.ema_warmup, model.ema_rates, model.max_bad_steps, model.microbatch) == (False, [0.5], 7, 3)
+    assert model.averages == [ema.Rate(0.5, False), ema.HalfLife(2.0), ema.Power(0.1)]
+    assert (model.max_bad_steps, model.microbatch, model.lr_schedule, model.lr_warmup) == (7, 3, "cosine", 4)
+    assert (model.saver.keep_last, model.saver.keep_every, model.saver.background) == (2, 5, False)
+    assert model.best is not None and model.eval_interval == 3 and model.stop.deadline
     assert (model.lr_anneal_steps, model.total, model.weight_decay) == (9, 9, 0.25)
     assert model.opt.param_groups[0]["betas"] == (0.9, 0.75)
     assert guide.mp_trainer.use_fp16 and guide.mp_trainer.lg_loss_scale == 16
     assert (guide.lr_anneal_steps, guide.total) == (6, 6)
     assert type(guide.task.schedule_sampler).__name__ == "LossSecondMomentResampler"
-
-
-def test_the_folder_of_a_run_is_not_written_over(plain, pets, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(plain, folder)
-    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-    refused("image_train", f"--data_dir {pets}/train {NET} {TRAIN} --iterations 1 --log_dir {folder}",
-            r"holds the checkpoints of a run.*--resume_checkpoint.*another --log_dir")  # fmt: skip
-    assert before == {path.name: path.read_bytes() for path in folder.glob("*.pt")}

@@ -3,13 +3,15 @@
 import csv
 import math
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch as th
+from test_programs import same
 from torch import nn
 
-from guided_diffusion import checkpoint, logger
+from guided_diffusion import checkpoint, dist_util, ema, guidance, health, logger, saves, train_util
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -24,7 +26,7 @@ from guided_diffusion.train_util import (
     Trainer,
     TrainLoop,
     compute_top_k,
-    parse_ema_rates,
+    noise_like,
 )
 from guided_diffusion.unet import UNetModel
 
@@ -72,6 +74,12 @@ def train(folder, steps, net=None, task=None, data=None, **options):
     return trainer
 
 
+def sample_noise(step, place, size, seed=0):
+    """What the loop's noise is documented to be, from torch's generator on the CPU."""
+    word = np.random.SeedSequence((0, seed, step, place)).generate_state(1, np.uint64)[0] >> 1
+    return th.empty(size).normal_(generator=th.Generator().manual_seed(int(word)))
+
+
 def weights(trainer):
     return th.cat([p.detach().float().flatten() for p in trainer.mp_trainer.master_params])
 
@@ -88,11 +96,11 @@ def test_s08_42_a_second_implementation_of_the_loop_agrees(folder):
     opt = th.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
     data = batches()
     for step in range(4):
-        rng = np.random.default_rng((0, step, 0))
-        th.manual_seed(int(rng.integers(2**63)))
+        rng = np.random.default_rng((0, 0, step))
+        rng.integers(2**63)  # of dropout
         x0, _ = next(data)
         t = th.from_numpy(rng.choice(40, size=(8,), p=np.ones(40) / 40))
-        noise = th.randn_like(x0)
+        noise = th.stack([sample_noise(step, place, 4) for place in range(8)])
         abar = th.from_numpy(DIFFUSION.alphas_cumprod)[t].float()[:, None]
         loss = ((net(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, t) - noise) ** 2).mean()
         opt.zero_grad()
@@ -101,7 +109,8 @@ def test_s08_42_a_second_implementation_of_the_loop_agrees(folder):
     saved = checkpoint.load(folder / "model000004.pt")
     for name, value in net.state_dict().items():
         th.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-6)
-    assert sorted(path.name for path in folder.glob("*.pt")) == ["model000004.pt", "opt000004.pt"]
+    names = sorted(path.name for path in folder.iterdir() if path.name != "progress.csv")
+    assert names == ["commit000004.json", "model000004.pt", "opt000004.pt", "state000004.pt"]
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 8, -1, 100])
@@ -146,15 +155,15 @@ def test_s08_41_averages_follow_the_closed_form(folder):
         for s, value in enumerate(snapshots):
             rate = min(0.9, (1 + s) / (10 + s)) if warmup else 0.9
             expected = rate * expected + (1 - rate) * value
-        trainer = train(folder, 4, ema_rates=[0.9], ema_warmup=warmup)
+        trainer = train(folder, 4, averages=[ema.Rate(0.9, warmup)])
         ours = th.cat([p.detach().flatten() for p in trainer.ema_params[0]])
         th.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
 def test_a_decay_of_zero_keeps_a_file_of_its_own(folder):
-    train(folder, 2, ema_rates=parse_ema_rates("0,0.5"))
+    train(folder, 2, averages=ema.parse("0,0.5"))
     names = sorted(path.name for path in folder.glob("*.pt"))
-    assert names == ["ema_0.0_000002.pt", "ema_0.5_000002.pt", "model000002.pt", "opt000002.pt"]
+    assert names == ["ema_0.0_000002.pt", "ema_0.5_000002.pt", "model000002.pt", "opt000002.pt", "state000002.pt"]
     now, copy = checkpoint.load(folder / "model000002.pt"), checkpoint.load(folder / "ema_0.0_000002.pt")
     assert all(th.equal(now[name], copy[name]) for name in now)
 
@@ -173,7 +182,7 @@ def test_gradient_clipping_bounds_the_update(folder):
 
     before = th.cat([p.flatten() for p in Net().parameters()]).detach()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(th.optim, "AdamW", Sgd)
+        patch.setattr(train_util, "make_adamw", Sgd)
         moved = weights(train(folder, 1, grad_clip=0.01, lr=1.0)) - before
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -181,7 +190,7 @@ def test_gradient_clipping_bounds_the_update(folder):
 # -------------------------------------------------------------------------------------------------------------- resume
 
 def test_resumed_training_is_the_uninterrupted_one(folder):
-    options = {"ema_rates": [0.9], "lr_anneal_steps": 6}
+    options = {"averages": [ema.Rate(0.9)], "lr_anneal_steps": 6}
     whole = train(folder, 0, **options)
     data = batches()
     train(folder, 3, data=data, **options)
@@ -197,11 +206,11 @@ def test_a_new_rate_takes_effect_on_resume(folder):
 
 
 def test_missing_companions_are_said_and_started_anew(folder, capsys):
-    train(folder, 2, ema_rates=[0.9])
+    train(folder, 2, averages=[ema.Rate(0.9)])
     (folder / "opt000002.pt").unlink()
     (folder / "ema_0.9_000002.pt").unlink()
     with logger.scoped_configure(dir=str(folder), format_strs=["stdout"]):
-        resumed = train(folder, 2, ema_rates=[0.9], resume_checkpoint=str(folder / "model000002.pt"))
+        resumed = train(folder, 2, averages=[ema.Rate(0.9)], resume_checkpoint=str(folder / "model000002.pt"))
     said = capsys.readouterr().out
     assert "ema_0.9_000002.pt is missing" in said and "opt000002.pt is missing" in said
     state = checkpoint.load(folder / "model000002.pt")
@@ -224,8 +233,8 @@ def poisoned(*bad):
 
 
 def test_s08_40_a_bad_step_is_skipped_and_counted(folder):
-    trainer = train(folder, 1, ema_rates=[0.5])
-    good = train(folder, 2, data=poisoned(1), ema_rates=[0.5])
+    trainer = train(folder, 1, averages=[ema.Rate(0.5)])
+    good = train(folder, 2, data=poisoned(1), averages=[ema.Rate(0.5)])
     assert th.equal(weights(good), weights(trainer))
     assert th.equal(good.ema_params[0][0], trainer.ema_params[0][0])
     assert rows(folder)[-1]["skipped_steps"] == "1" and good.step == 2
@@ -255,7 +264,7 @@ def pictures():
 
 
 def test_s08_15_and_39_half_precision_training_saves_float32_and_grows_its_scale(folder):
-    options = {"data": pictures(), "batch_size": 4, "ema_rates": [0.5]}
+    options = {"data": pictures(), "batch_size": 4, "averages": [ema.Rate(0.5)]}
     assert Trainer(DiffusionTask(unet(), DIFFUSION), use_fp16=True, **options).mp_trainer.lg_loss_scale == 20
     trainer = train(folder, 3, net=unet(), use_fp16=True, initial_lg_loss_scale=10.0, **options)
     assert trainer.task.net.input_blocks[0][0].weight.dtype == th.float16
@@ -351,7 +360,7 @@ def test_train_loop_keeps_the_originals_arguments(folder):
     )  # fmt: skip
     loop.run_loop()
     assert {path.name for path in folder.glob("*.pt")} == {
-        "model000002.pt", "opt000002.pt", "ema_0.9_000002.pt", "ema_0.99_000002.pt",
+        "model000002.pt", "opt000002.pt", "ema_0.9_000002.pt", "ema_0.99_000002.pt", "state000002.pt",
     }  # fmt: skip
 
 
@@ -370,17 +379,12 @@ def test_the_launch_test_variable_stops_after_the_first_save(folder, monkeypatch
     ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
     ({"log_interval": 0}, "log_interval"),
     ({"save_interval": -3}, "save_interval.*-3"),
-    ({"ema_rates": [1.5]}, "ema_rate.*1.5"),
+    ({"lr_schedule": "steps"}, "lr_schedule 'steps'.*cosine"),
+    ({"max_minutes": -1}, "max_minutes.*-1"),
 ])  # fmt: skip
 def test_bad_options_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
         train(folder, 1, **options)
-
-
-def test_unreadable_ema_rate():
-    assert parse_ema_rates("0.999, 0.9999") == [0.999, 0.9999] and parse_ema_rates(0.5) == [0.5]
-    with pytest.raises(ValueError, match="'fast'"):
-        parse_ema_rates("fast")
 
 
 def test_a_bad_loss_does_not_spoil_the_loss_aware_sampler(folder):
@@ -402,46 +406,236 @@ def test_a_new_weight_decay_takes_effect_on_resume(folder):
     assert resumed.opt.param_groups[0]["weight_decay"] == 0.5
 
 
-def test_an_interrupt_saves_the_update_under_way_and_says_how_to_go_on(folder, capsys):
-    before = signal.getsignal(signal.SIGINT)  # a run in the background may have it ignored
+@pytest.mark.parametrize("number", health.StopSigns.SIGNALS)
+def test_a_signal_saves_what_is_done_and_says_how_to_go_on(folder, number):
+    before = signal.getsignal(number)  # a run in the background may have it ignored
 
     def interrupted():
-        for number, batch in enumerate(batches()):
-            if number == 3:
-                signal.raise_signal(signal.SIGINT)
+        for count, batch in enumerate(batches()):
+            if count == 3:
+                signal.raise_signal(number)
             yield batch
 
-    with logger.scoped_configure(dir=str(folder), format_strs=["stdout"]), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(health.Stopped, match=r"update 3.*model000003\.pt: run the same command again") as stopped:
         train(folder, 50, data=interrupted())
-    assert (folder / "model000004.pt").exists()
-    assert "--resume_checkpoint" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is before
+    assert stopped.value.reason == health.SIGNALLED and saves.newest(folder) == (str(folder / "model000003.pt"), [])
+    assert signal.getsignal(number) is before
 
 
-def test_importance_weights_weigh_the_gradient(folder):
-    class Weighted(DiffusionTask):
+def test_the_clock_saves_what_is_done(folder):
+    with pytest.raises(health.Stopped, match="update 1,") as stopped:
+        train(folder, 50, data=slow(0.05), max_minutes=0.02 / 60)
+    assert stopped.value.reason == health.TIME_IS_UP and (folder / "commit000001.json").exists()
+
+
+def slow(seconds):
+    for count, batch in enumerate(batches()):
+        time.sleep(seconds if count else 0)
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------------- exact resume
+
+
+class Stop(Exception):
+    pass
+
+
+def killed_after(steps, data):
+    for count, batch in enumerate(data):
+        if count == steps:
+            raise Stop
+        yield batch
+
+
+def contents(folder, step):
+    """Every tensor and value of a checkpoint, and the rows of the log but for their times."""
+    files = {path.name: checkpoint.load(path) for path in sorted(folder.glob(f"*{step:06d}.pt"))}
+    return files, [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, half):
+    """Weights, averages, optimizer, loss scale, history of losses, best loss, and every row of the log."""
+
+    def run(folder, data, resume="", steps=11):
+        net = unet() if half else Net()
+        sampler = create_named_schedule_sampler("loss-second-moment", DIFFUSION)
+        if resume:
+            logger.rewind(folder, checkpoint.parse_resume_step_from_filename(resume))
+        with logger.scoped_configure(dir=str(folder), format_strs=["csv", "json"]):
+            train(
+                folder, steps, task=DiffusionTask(net, DIFFUSION, sampler), data=data, microbatch=3,
+                averages=ema.parse("0.9", "0.05", "0.1"), val_data=batches_from(1 if half else 0, resume, 2),
+                eval_interval=2, keep_best=True, save_interval=3, log_interval=4, use_fp16=half, lr_warmup=5,
+                initial_lg_loss_scale=10.0, resume_checkpoint=resume,
+            )  # fmt: skip
+
+    def batches_from(kind, resume, every=1):
+        data = pictures() if kind else batches(seed=every)
+        for _ in range(checkpoint.parse_resume_step_from_filename(resume) // every if resume else 0):
+            next(data)
+        return data
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    kind = 1 if half else 0
+    run(whole, batches_from(kind, ""))
+    with pytest.raises(Stop):
+        run(broken, killed_after(8, batches_from(kind, "")))
+    found, problems = saves.newest(broken)
+    assert found == str(broken / "model000006.pt") and not problems
+    run(broken, batches_from(kind, found), found)
+    expected, log = contents(whole, 11)
+    again, log_again = contents(broken, 11)
+    assert len(expected) == 6 and same(expected, again)
+    assert log == log_again and [row["step"] for row in log] == ["1", "4", "8", "11"]
+    state = expected["state000011.pt"]
+    assert state["sampler"]["counts"].sum() == 11 * len(next(batches_from(kind, ""))[0]) and state["best"]["step"]
+    lines = [(folder / "progress.json").read_text().count("\n") for folder in (whole, broken)]
+    assert lines == [4, 4]
+
+
+def test_background_saves_hold_the_moment_of_the_save(folder):
+    """Later steps change the weights in place; the copy does not see them."""
+    train(folder, 6, save_interval=2, averages=[ema.Rate(0.5)])
+    early = contents(folder, 2)[0]
+    with logger.scoped_configure(dir=str(folder / "other"), format_strs=[]):
+        train(folder, 2, background_save=False, averages=[ema.Rate(0.5)])
+    assert same(early, contents_of(folder / "other", 2))
+
+
+def contents_of(folder, step):
+    return {path.name: checkpoint.load(path) for path in sorted(folder.glob(f"*{step:06d}.pt"))}
+
+
+# ------------------------------------------------------------------------------------------- shares of the whole batch
+
+
+def test_noise_timesteps_and_drops_are_those_of_the_whole_batch_for_any_number_of_processes(monkeypatch, folder):
+    """What rank r of R draws is every R-th of what one process draws."""
+
+    def draws(rank, ranks):
+        monkeypatch.setattr(dist_util, "world_size", lambda: ranks)
+        monkeypatch.setattr(dist_util, "rank", lambda: rank)
+        sampler = create_named_schedule_sampler("loss-second-moment", DIFFUSION)
+        sampler._loss_history[:], sampler._loss_counts[:] = np.linspace(1, 9, 40)[:, None], 10
+        trainer = object.__new__(Trainer)
+        trainer.seed, trainer.step, trainer.device = 5, 17, th.device("cpu")
+        trainer.task = DiffusionTask(Net(), DIFFUSION, sampler)
+        trainer.drop = lambda cond, rng: guidance.dropped(cond, rng, {"y": -1}, 0.5)
+        x0, y = th.zeros(8 // ranks, 4), th.arange(8)[rank::ranks]
+        _, cond, t, importance, noise = trainer._draws(0, x0, {"y": y})
+        return cond["y"], t, importance, noise
+
+    whole = draws(0, 1)
+    assert (whole[0] == -1).any() and (whole[0] >= 0).any() and whole[2].unique().numel() > 1
+    for ranks in (2, 4, 8):
+        for rank in range(ranks):
+            assert all(th.equal(mine, of_all[rank::ranks]) for mine, of_all in zip(draws(rank, ranks), whole))
+
+
+def test_noise_is_standard_normal_and_differs_by_sample_step_and_seed():
+    x = noise_like(th.empty(400, 50), (0, 3, 7), range(400))
+    assert abs(x.mean().item()) < 4 / 20000**0.5 and abs(x.var().item() - 1) < 4 * (2 / 20000) ** 0.5
+    assert th.equal(x[17:18], noise_like(th.empty(1, 50), (0, 3, 7), [17]))
+    others = [noise_like(th.empty(1, 50), words, [17]) for words in ((0, 3, 8), (0, 4, 7), (1, 3, 7))]
+    assert all(abs((x[17] * other[0]).mean().item()) < 0.6 and not th.equal(x[17], other[0]) for other in others)
+
+
+# ------------------------------------------------------------------------------------------------------------- health
+
+
+def test_no_step_waits_for_the_device(folder, monkeypatch):
+    """Between two rows of the log no tensor is read on the host, but for the check that nobody wants to stop."""
+    read = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy"):
+        original = getattr(th.Tensor, name)
+        monkeypatch.setattr(th.Tensor, name, lambda self, *a, f=original, n=name: (read.append(n), f(self, *a))[1])
+    trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, use_fp16=True, microbatch=2, grad_clip=1.0,
+                      averages=ema.parse("0.9", "1", "0.1"), initial_lg_loss_scale=10.0)  # fmt: skip
+    data = pictures()
+    trainer.run_step(*next(data))  # the optimizer makes its state
+    read.clear()
+    for _ in range(3):
+        trainer.run_step(*next(data))
+    assert read == []
+
+
+def test_the_gradient_noise_scale_is_that_of_gaussian_gradients(folder):
+    """Loss x_k . w: the gradient of a sample is x_k ~ N(m, s^2 I), so the scale is dim s^2 / |m|^2."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(th.zeros(50))
+
+        def forward(self, x):
+            return x @ self.w
+
+    class Task:
+        prefix, num_timesteps, net = "", 1, Linear()
+
         def draw(self, n, device, rng):
-            return th.arange(n), th.linspace(0.1, 2.0, n)
+            return th.zeros(n, dtype=th.int64), th.ones(n)
 
-    trainer = Trainer(Weighted(Net(), DIFFUSION), None, batch_size=8, microbatch=3)
-    x0, cond = next(batches())
-    trainer.forward_backward(x0, cond)
-    net = Net()
-    rng = np.random.default_rng((0, 0, 0))
-    th.manual_seed(int(rng.integers(2**63)))
-    losses = DIFFUSION.training_losses(net, x0, th.arange(8), noise=th.randn_like(x0))["loss"]
-    (th.linspace(0.1, 2.0, 8) * losses).mean().backward()
-    for ours, by_hand in zip(trainer.task.net.parameters(), net.parameters()):
-        th.testing.assert_close(ours.grad, by_hand.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_validation_is_in_evaluation_mode_and_leaves_the_mode_as_it_was(folder):
-    modes = []
-
-    class Watching(DiffusionTask):
         def loss(self, net, x0, cond, t, noise):
-            modes.append((net.training, th.is_grad_enabled()))
-            return super().loss(net, x0, cond, t, noise)
+            return {"loss": net(x0)}
 
-    train(folder, 2, task=Watching(Net(), DIFFUSION), val_data=batches(seed=1), eval_interval=1)
-    assert modes == [(True, True), (False, False)] * 2
+    def gaussian():
+        generator = th.Generator().manual_seed(0)
+        while True:
+            yield 0.3 + 0.5 * th.randn(32, 50, generator=generator), {}
+
+    train(folder, 2500, task=Task(), data=gaussian(), batch_size=32, microbatch=4, lr=0.0, log_interval=2500)
+    assert float(rows(folder)[-1]["grad_noise_scale"]) == pytest.approx(0.25 / 0.09, rel=0.04)
+
+
+def test_the_colour_shift_is_that_of_the_predictions(folder):
+    """A network whose x_0 is always 0.5 in one channel and -1 in the other, on data of mean 0.25 and -1."""
+
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = nn.Parameter(th.tensor([0.5, -1.0]))
+
+        def forward(self, x, t):
+            return self.value[None, :, None, None].expand_as(x)
+
+    process = GaussianDiffusion(betas=get_named_beta_schedule("linear", 40), model_mean_type=ModelMeanType.START_X,
+                                model_var_type=ModelVarType.FIXED_LARGE, loss_type=LossType.MSE)  # fmt: skip
+    data = iter([(th.tensor([0.25, -1.0])[None, :, None, None].expand(8, 2, 4, 4), {})] * 2)
+    train(folder, 1, task=DiffusionTask(Constant(), process), data=data, lr=0.0)
+    (row,) = rows(folder)
+    assert [float(row[f"x0_shift_c{c}"]) for c in (0, 1)] == pytest.approx([0.25, 0.0], abs=1e-6)
+
+
+def test_the_first_layer_that_is_not_finite_is_named(folder):
+    net = Net()
+    with th.no_grad():
+        net.body[2].weight[0, 0] = math.inf
+    with pytest.raises(ArithmeticError, match=r"first not finite: the weight body\.2\.weight"):
+        train(folder, 9, net=net, max_bad_steps=2)
+    with pytest.raises(ArithmeticError, match="first not finite: the data"):
+        train(folder, 9, data=poisoned(*range(9)), max_bad_steps=2)
+
+    class Overflow(Net):
+        def forward(self, x, t, y=None):
+            h = self.body[1](self.body[0](th.cat([x, t[:, None].float() / 40], 1)) * 1e30 * 1e30)
+            return self.body[2](h)
+
+    with pytest.raises(ArithmeticError, match=r"the output of body\.1 \(SiLU\)"):
+        train(folder, 9, net=Overflow(), max_bad_steps=2)
+
+
+def test_rates_follow_their_schedules(folder):
+    def rates(**options):
+        (folder / "progress.csv").unlink(missing_ok=True)
+        with logger.scoped_configure(dir=str(folder), format_strs=["csv"]):
+            train(folder, 0, **options)
+        return [float(row["lr"]) for row in rows(folder)]
+
+    cosine = [1e-2 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    np.testing.assert_allclose(rates(lr_anneal_steps=4, lr_schedule="cosine"), cosine)
+    np.testing.assert_allclose(rates(lr_anneal_steps=3, lr_schedule="constant"), [1e-2] * 3)
+    warm = [1e-2 * (1 - k / 5) * min(1, (k + 1) / 3) for k in range(5)]
+    np.testing.assert_allclose(rates(lr_anneal_steps=5, lr_warmup=3), warm)

@@ -1,0 +1,259 @@
+"""One run, however it is shared, and however it is broken off: processes, microbatches, workers, kills, signals."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch as th
+from test_programs import BIN, CLASSIFIER, MPIEXEC, NET, ROOT, rows, same, samples, stranger
+
+from guided_diffusion import checkpoint, saves
+
+TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node"]
+ENV = {"PATH": f"{BIN}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    stranger("datasets/digits.py", "digits", folder)
+    return folder
+
+
+def words(name, digits, log_dir, *, batch, iterations=20, more=""):
+    network = f"{NET} --learn_sigma" if name == "image_train" else f"{CLASSIFIER} --num_classes 10"
+    return (f"--data_dir {digits}/digits/train {network} --num_workers 0 --batch_size {batch} --log_interval 5"
+            f" --iterations {iterations} --save_interval 10 --log_dir {log_dir} {more}")  # fmt: skip
+
+
+def launched(processes, launcher):
+    return {None: [], "mpiexec": [MPIEXEC, "-n", str(processes)], "torchrun": [*TORCHRUN, str(processes)]}[launcher]
+
+
+SHARES = [  # processes, images a process, microbatch, launcher
+    (1, 8, 1, None),
+    (1, 8, 3, None),
+    (2, 4, -1, "mpiexec"),
+    (2, 4, 2, "torchrun"),
+    pytest.param(4, 2, -1, "mpiexec", marks=pytest.mark.slow),
+    pytest.param(4, 2, 1, "torchrun", marks=pytest.mark.slow),
+    pytest.param(8, 1, -1, "mpiexec", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", ["image_train", "classifier_train"])
+def test_the_same_run_however_the_batch_is_shared(name, digits, tmp_path_factory, request):
+    """Flips, timesteps, noise, losses and weights are those of one process with the whole batch."""
+    more = "--schedule_sampler loss-second-moment" if name == "image_train" else "--random_crop True"
+    whole = digits / f"whole_{name}"
+    stranger(f"scripts/{name}.py", words(name, digits, whole, batch=8, more=more), digits)
+    slow = "slow" in (request.config.getoption("-m") or "not slow").replace("not slow", "", 1)
+    for share in SHARES:
+        marked = hasattr(share, "values")
+        if marked and not slow:
+            continue
+        processes, batch, microbatch, launcher = share.values if marked else share
+        folder = digits / f"{name}_{processes}_{microbatch}"
+        line = words(name, digits, folder, batch=batch, more=f"{more} --microbatch {microbatch}")
+        stranger(f"scripts/{name}.py", line, digits, launched(processes, launcher))
+        assert_same_run(whole, folder)
+
+
+def assert_same_run(whole, folder, rtol=1e-5):
+    for ours, theirs in zip(rows(folder), rows(whole), strict=True):
+        for key in ("step", "samples", "loss", "mse", "grad_norm", "train_loss", "loss_q0", "loss_q3", "train_acc@1"):
+            if theirs.get(key):
+                assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-4 if key == "grad_norm" else rtol)
+    expected, found = (th.cat([value.flatten() for value in checkpoint.load(each / "model000020.pt").values()])
+                       for each in (whole, folder))  # fmt: skip
+    # AdamW divides by the root of the second moment plus 1e-8: where a gradient is rounding noise below that, as that
+    # of a bias before a norm, so is the step, of the size of the rate. Such weights change nothing of the outputs.
+    moments = checkpoint.load(whole / "opt000020.pt")["state"].values()
+    felt = th.cat([(each["exp_avg_sq"].sqrt() > 1e-8).flatten() for each in moments])
+    assert felt.float().mean() > 0.8
+    assert ((found - expected)[felt].norm() / expected[felt].norm()).item() < rtol
+
+
+def test_samples_of_the_two_runs_agree(digits):
+    whole, shared = digits / "whole_image_train", digits / "image_train_2_-1"
+    if not shared.exists():
+        pytest.skip("needs the runs of the test above")
+    drawn = []
+    for folder in (whole, shared):
+        out = digits / f"samples_{folder.name}"
+        stranger("scripts/image_sample.py", f"--model_path {folder}/model000020.pt --num_samples 8 --batch_size 8"
+                 f" --timestep_respacing 20 --log_dir {out}", digits)  # fmt: skip
+        drawn.append(samples(out)[1].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+# -------------------------------------------------------------------------------------------------------- broken off
+
+
+def start(name, line, folder, launcher=()):
+    command = [*launcher, *([] if "torchrun" in launcher else [sys.executable])]
+    return subprocess.Popen([*command, str(ROOT / "scripts" / f"{name}.py"), *line.split()], cwd=folder,
+                            env={**ENV, "HOME": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True)  # fmt: skip
+
+
+def wait_for(folder, pattern, seconds=60):
+    until = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < until, f"no {pattern} in {folder}"
+        time.sleep(0.01)
+
+
+def end(process):
+    out = process.communicate(timeout=120)[0]
+    return process.returncode, out
+
+
+def kill(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_its_own_exit_code(number, digits, tmp_path):
+    line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
+    process = start("image_train", line, digits)
+    wait_for(tmp_path / "run", "commit*.json")
+    process.send_signal(number)
+    code, out = end(process)
+    assert code == 75 and "run the same command again to go on" in out
+    path, problems = saves.newest(tmp_path / "run")
+    assert path and not problems
+    step = checkpoint.parse_resume_step_from_filename(path)
+    stranger("scripts/image_train.py", line.replace("100000", str(step + 1)), digits)
+    assert (tmp_path / "run" / f"model{step + 1:06d}.pt").exists()
+
+
+@pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")
+def test_two_processes_killed_at_any_moment_go_on_to_the_same_end(digits, tmp_path):
+    kills(digits, tmp_path, count=4, processes=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fifty_kills(processes, digits, tmp_path):
+    kills(digits, tmp_path, count=50, processes=processes, seed=processes, iterations=400)
+
+
+def kills(digits, tmp_path, count, processes, seed, iterations=60):
+    """SIGKILL after a random time, half of them while a checkpoint is being written; then to the end undisturbed."""
+    launcher, rng = launched(processes, "mpiexec" if processes > 1 else None), random.Random(seed)
+    more = "--ema_rate 0.9 --schedule_sampler loss-second-moment --random_flip True"
+
+    def line(name):
+        return words("image_train", digits, tmp_path / name, batch=8 // processes, iterations=iterations, more=more)
+
+    stranger("scripts/image_train.py", line("whole"), digits, launcher)
+    killed, saved_before = 0, 0
+    while killed < count:
+        folder = tmp_path / "broken"
+        process = start("image_train", line("broken"), digits, launcher)
+        if killed % 2:
+            with contextlib.suppress(AssertionError):  # until a file of a save is under way
+                wait_for(folder, "*.tmp", 20)
+        else:
+            time.sleep(rng.uniform(1.0, 5.0))
+        if process.poll() is not None:
+            code, out = end(process)
+            assert code == 0, out
+            break
+        kill(process)
+        killed += 1
+        path, _ = saves.newest(folder) if folder.exists() else (None, [])
+        step = checkpoint.parse_resume_step_from_filename(path or "")
+        assert step >= saved_before, "a checkpoint was lost"
+        saved_before = step
+    stranger("scripts/image_train.py", line("broken"), digits, launcher)
+    assert killed >= min(count, 2)
+    for path in sorted((tmp_path / "whole").glob(f"*{iterations:06d}.pt")):
+        assert same(checkpoint.load(path), checkpoint.load(tmp_path / "broken" / path.name)), path.name
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / name)]
+            for name in ("whole", "broken")]  # fmt: skip
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")
+def test_a_run_goes_on_with_other_processes_and_workers(digits, tmp_path):
+    """Two processes go on as one and the other way round, exact up to the order of sums, and the log says so."""
+    stranger("scripts/image_train.py", words("image_train", digits, tmp_path / "whole", batch=8), digits)
+    line = words("image_train", digits, tmp_path / "run", batch=4, iterations=10)
+    stranger("scripts/image_train.py", line, digits, launched(2, "mpiexec"))
+    line = words("image_train", digits, tmp_path / "run", batch=8).replace("--num_workers 0", "--num_workers 2")
+    said = stranger("scripts/image_train.py", line, digits).stdout
+    assert "made by 2 process(es) with batches of 4, this run has 1 with 8: it is the same up to the order of" in said
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    starts = json.loads((tmp_path / "run/run.json").read_text())["starts"]
+    assert [each["ranks"] for each in starts] == [2, 1] and starts[1]["resumed_from"].endswith("model000010.pt")
+
+
+@pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")
+def test_a_process_that_dies_ends_the_others(digits, tmp_path):
+    """One rank of two is killed: the other ends within seconds, with a line that says so, and goes on later."""
+    line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
+    environment = {**ENV, "HOME": str(tmp_path), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
+    environment["MASTER_PORT"] = str(free_port())
+    ranks = [
+        subprocess.Popen([sys.executable, str(ROOT / "scripts/image_train.py"), *line.split()], cwd=digits,
+                         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        wait_for(tmp_path / "run", "commit*.json")
+        ranks[1].kill()
+        _, err = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode == 2 and "lost another process of this run" in err and "Traceback" not in err
+        assert saves.newest(tmp_path / "run")[0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_runs_in_one_folder(digits, tmp_path):
+    line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
+    first = start("image_train", line, digits)
+    try:
+        wait_for(tmp_path / "run", "commit*.json")
+        second = start("image_train", line, digits)
+        code, out = end(second)
+        assert code == 2 and f"is in use by process {first.pid} on" in out
+    finally:
+        kill(first)
+
+
+def test_an_unreadable_image_costs_two_processes_no_update(digits, tmp_path):
+    """Whichever rank meets it: both save and leave, one of them saying what it was."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in sorted((digits / "digits/train").glob("*.png"))[:32]:
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "9_9999.png").write_bytes(b"no picture")
+    line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100)
+    line = line.replace(f"{digits}/digits/train", str(data)).replace("--save_interval 10", "--save_interval 1000")
+    process = start("image_train", line, digits, launched(2, "torchrun"))
+    code, out = end(process)
+    assert code != 0 and "cannot read image" in out and "9_9999.png" in out and "Connection" not in out
+    path, problems = saves.newest(tmp_path / "run")
+    assert path and not problems  # at most eight updates, so it is the save before leaving
