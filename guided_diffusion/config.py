@@ -207,6 +207,9 @@ class _Training:
     keep_last: int = option(0, "keep only so many of the newest checkpoints; 0: all")
     keep_every: int = option(0, "of the older ones, keep those whose update this divides; 0: none of them")
     keep_best: bool = option(False, "keep the checkpoint of the least validation loss as well")
+    checkpoint_dir: str = option(
+        "", "folder of the checkpoints and config.json, any path that blobfile writes, as gs://...; empty: --log_dir"
+    )
     background_save: bool = option(True, "write checkpoints beside the next updates instead of waiting for the disk")
     max_minutes: float = option(
         0.0, "save and leave with exit code 75 after so many minutes, as for a queue's time slot; 0: no limit"

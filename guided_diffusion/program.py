@@ -18,8 +18,8 @@ def start(args, *settled_later):
     Set up processes, device, output folder and log from RunOptions, and log every option.
 
     :param settled_later: groups of options that a checkpoint's config.json will settle: logged only if typed.
-    :return: (device, folder), the folder being the same for all ranks and known to be writable. A training run's is
-        then this run's alone, and `args.resume_checkpoint` is what it goes on from.
+    :return: (device, folder), the folder being the same for all ranks and known to be writable. Of a training run it is
+        that of the checkpoints, this run's alone, and `args.resume_checkpoint` is what it goes on from.
     """
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
@@ -29,9 +29,13 @@ def start(args, *settled_later):
     checkpoint.check_writable(folder)
     said = []
     if hasattr(args, "resume"):
-        taken = dist_util.from_main(runs.take_up, folder, args.resume, args.resume_checkpoint)
+        log_dir, folder = folder, args.checkpoint_dir or folder
+        checkpoint.check_writable(folder)
+        taken = dist_util.from_main(runs.take_up, log_dir, folder, args.resume, args.resume_checkpoint)
         args.resume_checkpoint, said = taken
-    logger.configure(dir=folder)
+        logger.configure(dir=log_dir)
+    else:
+        logger.configure(dir=folder)
     for line in said:
         logger.warn(line)
     th.manual_seed(args.seed)  # of the weights that training starts from; all else has generators of its own
@@ -198,7 +202,9 @@ def loop_options(args, flags):
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed lr_schedule lr_warmup eval_interval keep_last keep_every keep_best"
     names += " background_save max_minutes"
-    return {name: getattr(args, name) for name in names.split()} | {"progress": True, "flags": flags}
+    return {name: getattr(args, name) for name in names.split()} | {
+        "progress": True, "flags": flags, "folder": args.checkpoint_dir or None,
+    }  # fmt: skip
 
 
 def run(main):

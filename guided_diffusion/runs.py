@@ -20,18 +20,20 @@ CAPSULE_NAME = "run.json"
 PACKAGES = "torch numpy scipy blobfile tqdm pillow mpi4py torch-fidelity".split()
 
 
-def take_up(folder, resume, resume_checkpoint):
+def take_up(log_dir, folder, resume, resume_checkpoint):
     """
-    Take the folder for this run until its process ends, clear away saves that were cut short, and choose the checkpoint
-    to go on from; the log then ends at its step. For rank 0.
+    Take the folders for this run until its process ends, clear away saves that were cut short, and choose the
+    checkpoint to go on from; the log then ends at its step. For rank 0.
 
+    :param folder: of the checkpoints.
     :param resume: "auto": the newest whole checkpoint of the folder, if there is one; "never": none.
     :param resume_checkpoint: what to begin from otherwise, or "".
     :return: (path or "", lines for the log).
     :raises ValueError: with "never", if the folder holds checkpoints; if `resume_checkpoint` is damaged.
     :raises OSError: if another run is in the folder.
     """
-    lock = saves.Lock(folder).acquire()
+    for each in dict.fromkeys((log_dir, folder)):
+        _locks.append(saves.Lock(each).acquire())
     saves.sweep(folder)
     held, problems = saves.newest(folder)
     if resume == "never" and (held or problems):
@@ -47,8 +49,7 @@ def take_up(folder, resume, resume_checkpoint):
         resume_checkpoint = held
     elif resume_checkpoint:
         _refuse_damaged(resume_checkpoint)
-    logger.rewind(folder, step(resume_checkpoint))  # a run that died before its first save left rows as well
-    _locks.append(lock)
+    logger.rewind(log_dir, step(resume_checkpoint))  # a run that died before its first save left rows as well
     return resume_checkpoint, said
 
 

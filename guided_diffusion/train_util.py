@@ -54,6 +54,7 @@ class Trainer:
     :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
         `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
     :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
+    :param folder: of the checkpoints, any path that blobfile writes; None: that of the log.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Trainer:
         progress=False,
         drop=None,
         flags=None,
+        folder=None,
     ):
         counts = {"batch_size": batch_size, "log_interval": log_interval, "save_interval": save_interval}
         for name, value in counts.items():
@@ -130,8 +132,9 @@ class Trainer:
         if resume_checkpoint:
             self._load_companions(resume_checkpoint)
         self.net = self._parallel(task.net)
+        self.folder = folder or logger.get_dir()
         self.saver = saves.Saver(
-            logger.get_dir(), background=background_save, keep_last=keep_last, keep_every=keep_every
+            self.folder, background=background_save, keep_last=keep_last, keep_every=keep_every
         )
         self._val_losses = []
         self._seconds = time.monotonic()
@@ -189,7 +192,7 @@ class Trainer:
         self._save_if_new()
         if error:
             raise error
-        name = os.path.join(logger.get_dir(), checkpoint.model_name(self.step))
+        name = os.path.join(self.folder, checkpoint.model_name(self.step))
         raise health.Stopped(reason, f"stopped at update {self.step}, which is saved in {name}: run the same command"
                              " again to go on")  # fmt: skip
 
@@ -442,7 +445,7 @@ class Trainer:
             )
 
     def _companion(self, path):
-        if os.path.exists(path) or checkpoint.is_remote(path):
+        if checkpoint.exists(path):
             return checkpoint.load(path, map_location=self.device)
         logger.warn(f"{path} is missing: starting it anew from the loaded weights")
         return None

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
+from test_programs import NET, done, same
 
 from guided_diffusion import checkpoint, ema, saves
 
@@ -209,3 +211,57 @@ def test_averages_that_cannot_be_are_named(texts, message):
         ema.parse(*texts)
     with pytest.raises(ValueError, match="no snapshot ends at update 7; there are those of updates 3, 5"):
         ema.combination([(3, 0.1), (5, 0.1)], 7, 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------ another place
+
+
+class Store:
+    """What the project asks of blobfile, in memory."""
+
+    def __init__(self):
+        self.files = {}
+
+    def BlobFile(self, path, mode):
+        store = self
+
+        class File(io.BytesIO):
+            def close(self):
+                if mode == "wb":
+                    store.files[path] = self.getvalue()
+                super().close()
+
+        return File(self.files[path] if mode == "rb" else b"")
+
+    def exists(self, path):
+        return path in self.files or self.isdir(path)
+
+    def isdir(self, path):
+        return any(each.startswith(path.rstrip("/") + "/") for each in self.files)
+
+    def listdir(self, path):
+        return sorted({each[len(path.rstrip("/")) + 1 :].split("/")[0] for each in self.files if each.startswith(path)})
+
+    def remove(self, path):
+        del self.files[path]
+
+
+def test_checkpoints_go_to_another_place_and_a_run_goes_on_from_there(tmp_path, monkeypatch):
+    store = Store()
+    monkeypatch.setitem(sys.modules, "blobfile", store)
+    np.savez(tmp_path / "data.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), dtype=np.uint8))
+    words = (f"--data_dir {tmp_path}/data.npz {NET} --batch_size 8 --num_workers 0 --log_interval 1 --ema_rate 0.5"
+             " --save_interval 2 --keep_last 2")  # fmt: skip
+    done("image_train", f"{words} --iterations 7 --log_dir {tmp_path}/whole")
+    away = f"{words} --log_dir {tmp_path}/log --checkpoint_dir gs://bucket/run"
+    done("image_train", f"{away} --iterations 5")
+    said = done("image_train", f"{away} --iterations 7").out
+    assert "going on from gs://bucket/run/model000005.pt at update 5" in said
+    kinds = ("commit", "ema_0.5_", "model", "opt", "state")
+    steps = sorted({int(name.rsplit(".", 1)[0][-6:]) for name in store.files if name.endswith(".pt")})
+    assert steps == [6, 7] and len(store.files) == 2 * len(kinds) + 2  # config.json and run.json
+    for name in ("model000007.pt", "ema_0.5_000007.pt", "opt000007.pt"):
+        ours = th.load(io.BytesIO(store.files[f"gs://bucket/run/{name}"]), weights_only=True)
+        assert same(ours, checkpoint.load(tmp_path / "whole" / name))
+    done("image_sample", f"--model_path gs://bucket/run/model000007.pt --num_samples 2 --batch_size 2"
+         f" --timestep_respacing 2 --log_dir {tmp_path}/samples")  # fmt: skip
