@@ -61,6 +61,23 @@ class StopSigns:
 
 
 @contextlib.contextmanager
+def naming_lost_loaders():
+    """
+    Turn torch's error about a loading process that has died into an OSError. It comes by a signal, anywhere in a step,
+    so that the step is broken off and nothing can be saved.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a process that loads images has died ({str(error).splitlines()[0].strip()}): if memory ran out, lower"
+            " --num_workers; the same command goes on from the last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
 def evaluating(net):
     """The network in evaluation mode, and back in the mode that it had."""
     training = net.training

@@ -159,7 +159,7 @@ class Trainer:
 
         :raises health.Stopped: after a save, if a signal or the time asked for the end.
         """
-        with self._bar() as bar, self.stop.listening(), self.saver:
+        with self._bar() as bar, self.stop.listening(), self.saver, health.naming_lost_loaders():
             while not self.total or self.step < self.total:
                 batch, error = self._next_of(self.data)
                 self._agree_to_go_on(error)

@@ -257,3 +257,17 @@ def test_an_unreadable_image_costs_two_processes_no_update(digits, tmp_path):
     assert code != 0 and "cannot read image" in out and "9_9999.png" in out and "Connection" not in out
     path, problems = saves.newest(tmp_path / "run")
     assert path and not problems  # at most eight updates, so it is the save before leaving
+
+
+def test_a_loading_process_that_dies_ends_the_run_in_a_line(digits, tmp_path):
+    line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
+    process = start("image_train", line.replace("--num_workers 0", "--num_workers 2"), digits)
+    try:
+        wait_for(tmp_path / "run", "commit*.json")
+        children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+        code, out = end(process)
+        assert code == 2 and "a process that loads images has died" in out and "Traceback" not in out, out[-2000:]
+        assert saves.newest(tmp_path / "run")[1] == []
+    finally:
+        kill(process)
