@@ -20,7 +20,8 @@ The second: the network and the classifier that `make demo` left in a folder. `f
 features of the demo's judge, of 500 samples a seed from the training digits, as in the demo's report; its mean over the
 seeds, with the standard error of that mean. The seed decides starts and noise, alike for every sampler, so differences
 are taken seed by seed: those of a few cases to ancestral sampling with 250 steps go into samplers_digits.json with a
-95 % interval of Student's t; the other cases have two seeds, and all cases half as many with guidance. Writes samplers_digits.csv, .png and .json.
+95 % interval of Student's t; the other cases have two seeds, and those that are compared half as many with guidance.
+Writes samplers_digits.csv, .png and .json.
 """
 
 import argparse
