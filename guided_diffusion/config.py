@@ -278,6 +278,12 @@ class SampleOptions:
     sampler: str = option("", "a sampler by name, as dpmpp_2m or heun; empty: DDPM, or DDIM with --use_ddim")
     steps: int = option(0, "steps that --sampler keeps, of those that --timestep_respacing leaves; 0: all")
     spacing: str = option("", "spacing of those steps: uniform, leading, trailing, quadratic, log_snr or karras")
+    sampler_options: str = option(
+        "", "numbers that the rule of --sampler takes, as gam=1.5,mu=0.2 or rtol=0.001 (docs/add_a_sampler.md)"
+    )
+    brownian: bool = option(
+        False, "noise of one Brownian path a sample, the same for any number of steps, in place of fresh noise"
+    )
     classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
     prompts: tuple = option(
         (),
@@ -794,6 +800,19 @@ def classifier_scale_end(args):
         return parse_float(args.classifier_scale_end) if args.classifier_scale_end else args.classifier_scale
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--classifier_scale_end: {error}") from None
+
+
+def parse_sampler_options(text):
+    """'gam=1.5,order=2' -> {"gam": 1.5, "order": 2}, '' -> {}. Raises ValueError for anything else."""
+    found = {}
+    for part in text.split(",") if text else []:
+        name, _, number = part.partition("=")
+        try:
+            value = parse_float(number)
+        except argparse.ArgumentTypeError:
+            raise ValueError(f"cannot read {part!r} in --sampler_options: give name=number, as gam=1.5") from None
+        found[name.strip()] = int(value) if number.strip().lstrip("-").isdigit() else value
+    return found
 
 
 def parse_interval(text):

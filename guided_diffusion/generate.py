@@ -12,20 +12,31 @@ import torch as th
 from . import checkpoint, dist_util, pictures, sampling
 
 
-def planned(diffusion, use_ddim=False, eta=0.0, sampler="", steps=0, spacing=""):
+def planned(diffusion, use_ddim=False, eta=None, sampler="", steps=0, spacing="", sampler_options=None):
     """
     The walk that options ask for: (step rule, the process with the rows that it keeps).
 
+    :param eta: noise of DDIM and other samplers that have it, from 0 to 1; None: the sampler's own.
     :param sampler, steps, spacing: as `sampling.plan` takes them, in place of use_ddim; empty or 0: the usual ones.
-    :raises ValueError: as `sampling.plan`, and for steps or spacing without a sampler.
+    :param sampler_options: {name: number} of the sampler's rule.
+    :raises ValueError: as `sampling.plan`, and for options that belong to no or to another sampler.
     """
+    if eta is not None and not 0 <= eta <= 1:
+        raise ValueError(f"--eta is the noise of DDIM, from 0 (none) to 1 (as much as DDPM), not {eta}")
     if sampler:
-        options = {"eta": eta} if eta else {}
+        if use_ddim:
+            raise ValueError(f"--sampler {sampler} and --use_ddim True are two samplers: give one of them")
+        options = dict(sampler_options or {}) | ({} if eta is None else {"eta": eta})
         rule, rows = sampling.plan(diffusion, sampler, steps or None, spacing or None, **options)
         return rule, diffusion.spaced(rows)
-    if steps or spacing:
-        raise ValueError("steps and spacing belong to a sampler: name one by --sampler, or use --timestep_respacing")
-    return partial(sampling.ddim, eta=eta) if use_ddim else sampling.ddpm, diffusion
+    if steps or spacing or sampler_options:
+        raise ValueError(
+            "--steps, --spacing and --sampler_options belong to a sampler: name one by --sampler, or use"
+            " --timestep_respacing"
+        )
+    if eta and not use_ddim:
+        raise ValueError(f"--eta {eta} belongs to DDIM: add --use_ddim True, or name a --sampler that has it")
+    return partial(sampling.ddim, eta=eta or 0.0) if use_ddim else sampling.ddpm, diffusion
 
 
 def sample_stream(
@@ -40,6 +51,7 @@ def sample_stream(
     num_classes=0,
     vectors=None,
     rule=None,
+    path=None,
     clip_denoised=True,
     denoised_fn=None,
     cond_fn=None,
@@ -61,8 +73,10 @@ def sample_stream(
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
     :param vectors: float [P,D], given to the samples in turn, or None.
     :param rule: a step rule, which walks all rows of the process; None: what `planned` makes of `walk`.
+    :param path: the process of all rows whose Brownian paths are the noise, so that it does not depend on the number of
+        steps (`sampling.BrownianNoise`); None: fresh noise in every step.
     :param denoised_fn, cond_fn, guide, steer: as `GaussianDiffusion.predictor` takes them; rows are those of the walk.
-    :param walk: use_ddim, eta, sampler, steps, spacing.
+    :param walk: what else `planned` takes.
     :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
     :raises ValueError: for no samples or no batch.
     """
@@ -82,7 +96,9 @@ def sample_stream(
             cond = {} if y is None else {"y": y}
             if vectors is not None:
                 cond["vector"] = vectors[[i % len(vectors) for i in indices]].to(device)
-            steps = sampling.sample(diffusion, predict, rule, noise.normal(*shape), noise=noise, cond=cond)
+            start = noise.normal(*shape)
+            noise = sampling.BrownianNoise(seed, indices, path, device) if path else noise
+            steps = sampling.sample(diffusion, predict, rule, start, noise=noise, cond=cond)
             for step, (x, pred) in enumerate(steps, 1):
                 bar.update()
                 if on_step:

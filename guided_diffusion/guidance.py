@@ -98,7 +98,7 @@ def attached(pred, grad, t):
 
     :raises ArithmeticError: if the gradient is not finite; the error names the row. (See `prediction.check_gradient`.)
     """
-    check_gradient(grad, t)
+    check_gradient(grad, t, pred.x0)
     return replace(pred, grad=grad if pred.grad is None else pred.grad + grad)
 
 
@@ -181,7 +181,8 @@ def rescaled(process, share=0.7):
     def combine(a, b, scale, x, t):
         mixed = linear(a, b, scale, x, t)
         std = [p.x0.flatten(1).std(1) for p in (a, mixed)]                    # [N], [N]
-        x0 = mixed.x0 * _spread(share * std[0] / std[1] + 1 - share, x)
+        ratio = th.where(std[1] > 0, std[0] / std[1], 1.0)  # an even x_0 has no contrast to restore
+        x0 = mixed.x0 * _spread(share * ratio + 1 - share, x)
         return replace(mixed, x0=x0, eps=eps_from_x0(process, x, t, x0), mean=None)
 
     return combine
@@ -200,7 +201,8 @@ def projected(process, parallel=0.0, max_norm=None):
         diff = a.x0 - b.x0
         if max_norm is not None:
             diff = diff * (max_norm / _inner(diff, diff).sqrt()).clamp(max=1)
-        along = _inner(diff, a.x0) / _inner(a.x0, a.x0) * a.x0
+        length = _inner(a.x0, a.x0)
+        along = _inner(diff, a.x0) / th.where(length > 0, length, 1.0) * a.x0
         x0 = a.x0 + (scale - 1) * (diff - (1 - parallel) * along)
         return replace(linear(a, b, scale, x, t), x0=x0, eps=eps_from_x0(process, x, t, x0), mean=None)
 

@@ -65,14 +65,20 @@ def row_of(t):
     return int(t[0]) if row is None else row
 
 
-def check_gradient(grad, t):
+def check_gradient(grad, t, x0):
     """
     Raise ArithmeticError, with the row, if a gradient that guides is not finite. On a GPU within a walk, where a look
     would wait for the device, it is noted in `t.doubts`, and `settle` raises when the walk ends.
 
     :param grad: [N, ...].
     :param t: [N] rows.
+    :param x0: [N, ...] what was predicted there; where that is not finite already, the gradient is not to blame.
+    :raises ValueError: if the gradient is no tensor of the shape of x_0.
     """
+    if getattr(grad, "shape", None) != x0.shape:
+        what = f"shape {list(grad.shape)}" if isinstance(grad, th.Tensor) else type(grad).__name__
+        raise ValueError(f"the gradient that guides (cond_fn) must be like x, {list(x0.shape)}, not {what}")
+    grad = th.where(x0.isfinite(), grad, 0.0)
     good = grad.isfinite().flatten(1).all(1)                                  # [N]
     doubts = getattr(t, "doubts", None)
     if doubts is None or _at_hand(grad):

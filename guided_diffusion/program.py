@@ -292,7 +292,13 @@ def rows_between(diffusion, interval):
     """The first and the last row whose sigma lies in an interval of the options; where none does, last < first."""
     low, high = config.parse_interval(interval)
     sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
-    return np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+    first, last = np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
+    if last < first:
+        logger.warn(
+            f"no step lies in the interval {interval}, so nothing is guided by it: the steps' noise levels go from"
+            f" {sigmas[0]:.3g} to {sigmas[-1]:.3g}"
+        )
+    return first, last
 
 
 def rows_up_to(diffusion, sigma):
@@ -329,8 +335,16 @@ def steer_of(args, diffusion, cond_fn):
 
 
 def walk_of(args):
-    """The options of a walk, as `generate.planned` takes them."""
-    return {name: getattr(args, name) for name in ("use_ddim", "eta", "sampler", "steps", "spacing")}
+    """
+    The options of a walk, as `generate.planned` takes them.
+
+    :raises ValueError: if zero steps or fewer were typed.
+    """
+    if "steps" in args.explicit and args.steps < 1:
+        raise ValueError(f"--steps must be 1 or more, not {args.steps}")
+    walk = {name: getattr(args, name) for name in ("use_ddim", "sampler", "steps", "spacing")}
+    eta = args.eta if "eta" in args.explicit else None
+    return walk | {"eta": eta, "sampler_options": config.parse_sampler_options(args.sampler_options)}
 
 
 def worse_model(args, flags):
@@ -356,7 +370,8 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
     labels = config.parse_classes(args.classes, num_classes, args.num_samples, names)
-    rule, diffusion = planned(diffusion, **walk_of(args))
+    full = diffusion
+    rule, diffusion = planned(full, **walk_of(args))
     guide = guide_of(args, flags, diffusion)
     stream = sample_stream(
         diffusion,
@@ -369,6 +384,7 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
         num_classes=num_classes,
         vectors=vectors_of(args, flags),
         rule=rule,
+        path=full if args.brownian else None,
         clip_denoised=args.clip_denoised,
         denoised_fn=guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
         guide=guide,

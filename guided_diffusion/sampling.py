@@ -76,7 +76,9 @@ def plan(process, name, steps=None, spacing=None, **options):
     sampler = pick(SAMPLERS, name, "sampler")
     known = [each for each in inspect.signature(sampler.rule).parameters if each != "step"]
     for option in options:
-        pick(dict.fromkeys(known or ["(none)"]), option, f"option of {name}")
+        if not known:
+            raise ValueError(f"the sampler {name} has no options, and so no {option}")
+        pick(dict.fromkeys(known), option, f"option of {name}")
     rows = spaced_rows(process, spacing or sampler.spacing, process.num_timesteps if steps is None else steps)
     return partial(sampler.rule, **options), rows
 

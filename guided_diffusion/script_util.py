@@ -306,7 +306,12 @@ def _required(function):
 
 @_builder(" ".join([*_required(create_classifier), PROCESS_ORDER]), ClassifierOptions, DiffusionOptions)
 def create_classifier_and_diffusion(flags):
-    """(EncoderUNetModel, SpacedDiffusion) from all options of ClassifierOptions and DiffusionOptions."""
+    """
+    (EncoderUNetModel, SpacedDiffusion) from all options of ClassifierOptions and DiffusionOptions. What is predicted
+    does not matter to a classifier, so a process that ends in pure noise, from which noise cannot be, has another.
+    """
+    if "zero_snr" in flags["noise_schedule"] and not (flags["predict"] or flags["predict_xstart"]):
+        flags = flags | {"predict": "x0"}
     return _call(create_classifier, flags), _process(flags)
 
 

@@ -65,12 +65,17 @@ def guided_score(process, x, t, pred):
     """
     Apply a gradient the score's way (ADM algorithm 2): eps -= sqrt(1 - abar) grad, and x_0 follows from eps.
 
-    x_0 is not clipped again, as in the original.
+    x_0 is not clipped again, as in the original. At a last row of pure noise, which tells nothing of y, the true
+    gradient is zero and that of a classifier is not applied.
     """
     if pred.grad is None:
         return pred
     eps = pred.eps - process.at("sqrt_one_minus_alphas_cumprod", t, x) * pred.grad
-    return replace(pred, eps=eps, x0=x0_from_eps(process, x, t, eps), mean=None, grad=None)
+    x0 = x0_from_eps(process, x, t, eps)
+    if process.ends_in_noise:
+        noise = (t == process.num_timesteps - 1).reshape(-1, *[1] * (x.ndim - 1))         # [N,1,..]
+        eps, x0 = th.where(noise, pred.eps, eps), th.where(noise, pred.x0, x0)
+    return replace(pred, eps=eps, x0=x0, mean=None, grad=None)
 
 
 def not_last(t, x):
@@ -222,7 +227,8 @@ def edm(step, stride=2, rise=1, s_min=0.0, s_max=math.inf, s_noise=1.0):
     """
     Heun with churn (Karras et al. 2022, algorithm 2): noise lifts x by `rise` rows, then a step of second order takes
     it down to the `stride`-th row below where it was. The rows between are kept for that. The paper's gamma is
-    sigma_lifted / sigma - 1; as there it is at most sqrt(2) - 1, so where rows lie further apart nothing is lifted.
+    sigma_lifted / sigma - 1; as there it is at most sqrt(2) - 1, so where rows lie further apart nothing is lifted:
+    with few steps there is no churn at all.
 
     :param s_min, s_max: churn only where sigma lies between.
     :param s_noise: standard deviation of the noise added.

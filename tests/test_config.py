@@ -75,7 +75,7 @@ MORE_SAMPLING = {
     "classes": "", "grid": True, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
     "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
     "guide_path": "", "guidance_interval": "", "prompts": (), "prompt_vectors": "",
-    "guidance_projected": 1.0, "dynamic_threshold": 0.0,
+    "guidance_projected": 1.0, "dynamic_threshold": 0.0, "sampler_options": "", "brownian": False,
 }
 MORE_STEERING = {
     "classifier_scale_end": "", "classifier_marginal": 1.0, "classifier_normalize": 0.0, "classifier_interval": "",

@@ -16,7 +16,7 @@ from guided_diffusion import checkpoint, config, generate, guidance, inverse, lo
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.guidance import classifier_free, classifier_guided, mix, nulled
 from guided_diffusion.pictures import to_uint8
-from guided_diffusion.prediction import TARGETS, clipped, eps_from_x0, predictor, read
+from guided_diffusion.prediction import TARGETS, Prediction, clipped, eps_from_x0, predictor, read
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.script_util import create_model, open_classifier, open_diffusion
@@ -231,6 +231,34 @@ def test_autoguidance_undoes_an_error_that_a_worse_predictor_makes_more_of(ring)
     assert (run(p, wrong(1), start, y=y) - exact).abs().max() > 0.01
 
 
+def test_rules_of_mixing_where_nothing_is_to_mix():
+    """An even x_0 has no contrast, and one of zero no direction: mixtures are finite, and plain where they must be."""
+    p = Process(get_named_beta_schedule("cosine", 40))
+    x, t = th.randn(3, 1, 4, 4, dtype=th.float64), th.tensor([3, 20, 39])
+
+    def at(value):
+        x0 = th.full_like(x, value)
+        return Prediction(x0, eps_from_x0(p, x, t, x0), x0, x0)
+
+    for rule in (guidance.rescaled(p), guidance.projected(p), guidance.projected(p, max_norm=1.0)):
+        for a, b in ((0.0, 0.0), (0.0, 0.5), (0.5, 0.5)):
+            assert rule(at(a), at(b), 3.0, x, t).x0.isfinite().all()
+    plain = guidance.linear(at(0.2), at(0.1), 3.0, x, t).x0
+    th.testing.assert_close(guidance.rescaled(p)(at(0.2), at(0.1), 3.0, x, t).x0, plain)
+
+
+@pytest.mark.parametrize("given, message", [
+    (lambda x: None, "must be like x, .5, 2., not NoneType"),
+    (lambda x: x[:1], "must be like x, .5, 2., not shape .1, 2."),
+    (lambda x: x.sum(), "must be like x, .5, 2., not shape .."),
+])  # fmt: skip
+def test_a_gradient_of_another_kind_is_named(given, message):
+    p = Process(get_named_beta_schedule("cosine", 40))
+    guided = guidance.classifier_guided(toy.ring().predictor(p), lambda x, t: given(x))
+    with pytest.raises(ValueError, match=message):
+        guided(th.randn(5, 2, dtype=th.float64), th.full((5,), 3))
+
+
 def test_dynamic_thresholding_clamps_at_the_quantile_and_rescales():
     x0 = th.stack([th.linspace(-4, 4, 101), th.linspace(-0.5, 0.5, 101)]).reshape(2, 1, 101)
     out = guidance.dynamic_threshold(0.9)(x0)
@@ -439,7 +467,7 @@ def test_the_training_step_decides_what_is_dropped(tmp_path, microbatch):
     seen = train(6)
     assert seen.shape == (6, 8) and len({tuple(row == 3) for row in seen}) > 3  # each step its own
     for step, row in enumerate(seen):
-        rng = np.random.default_rng((0, step, 0))
+        rng = np.random.default_rng((0, 0, step))
         rng.integers(2**63)
         rng.choice(40, size=(8,), p=np.ones(40) / 40)
         assert (row == np.where(rng.random(8) < 0.4, 3, np.arange(8) % 3)).all()

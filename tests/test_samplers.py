@@ -392,6 +392,36 @@ def test_a_process_that_ends_in_pure_noise(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_from_pure_noise(name):
+    """
+    The last row tells nothing of y, so it is not guided; nothing divides by 0, and as many samples come to their class
+    as from nearly pure noise.
+    """
+    data, y, shares = toy.ring(), th.arange(60) % 3, []
+    start = th.randn(60, 2, dtype=F64, generator=th.Generator().manual_seed(0))
+    for last in (0.0, 1e-9):
+        abar = np.append(process().alphas_cumprod[9::30], last)
+        p = Process(1 - abar / np.append(1.0, abar[:-1]))
+
+        def predict(x, t, y=None, p=p):
+            x0 = data.denoise(p, x, t)[0]
+            alpha, s = p.at("sqrt_alphas_cumprod", t, x), p.at("sqrt_one_minus_alphas_cumprod", t, x)
+            variance, log = (p.at(n, t, x) for n in ("posterior_variance", "posterior_log_variance_clipped"))
+            return Prediction(x0, (x - alpha * x0) / s, variance, log)
+
+        guided = classifier_guided(predict, data.classifier_gradient(p, 3.0))
+        th.manual_seed(0)
+        x = deque(sample(p, guided, SAMPLERS[name], start, cond={"y": y}), maxlen=1).pop()[0]
+        assert x.isfinite().all()
+        shares.append((data.posterior(p, x, th.zeros_like(y), 3).argmax(1) == y).float().mean().item())
+        if last == 0:
+            top = th.full_like(y, p.num_timesteps - 1)
+            pure = sampling.guided_score(p, start, top, guided(start, top, y=y))
+            assert th.equal(pure.x0, predict(start, top).x0) and pure.grad is None
+    assert shares[0] >= min(shares[1] - 0.1, 0.9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_single_precision_stays_single_and_close(name):
     p = process().spaced(range(0, 1000, 50))
     start, ends = th.randn(8, 2, generator=th.Generator().manual_seed(0)), []
@@ -474,6 +504,31 @@ def test_churn_adds_noise_that_the_steps_take_away_again():
     plain = walk(p, predict, partial(solvers.edm, rise=0), x)[-1]
     assert (walk(p, predict, solvers.edm, x)[-1] - plain).abs().max() > 0.05
     assert th.equal(walk(p, predict, partial(solvers.edm, s_max=1e-3), x)[-1], plain)
+    assert th.equal(walk(p, predict, partial(solvers.edm, s_min=1e3), x)[-1], plain)
+
+
+def test_churn_adds_the_noise_between_two_levels_and_only_between_near_ones():
+    """What the first evaluation sees is x lifted by a row: variance sigma_lifted^2 - sigma^2, times s_noise^2."""
+    p, seen = process(), []
+
+    def predict(x, t):
+        seen.append(x / p.at("sqrt_alphas_cumprod", t, x))
+        return Prediction(th.zeros_like(x), x, th.zeros_like(x), th.zeros_like(x))
+
+    th.manual_seed(0)
+    x = th.zeros(40000, 1, dtype=F64)
+    sigma = p.sqrt_recipm1_alphas_cumprod
+    for s_noise in (1.0, 0.5):
+        for lift in (1, 5):
+            seen.clear()
+            next(sample(p, predict, partial(solvers.edm, rise=lift, s_noise=s_noise), x, rows=[500]))
+            expected = s_noise**2 * (sigma[500 + lift] ** 2 - sigma[500] ** 2)
+            assert seen[0].var().item() == pytest.approx(expected, rel=4 * (2 / 40000) ** 0.5)
+    far = next(k for k in range(501, 1000) if sigma[k] > 2**0.5 * sigma[500])
+    for row, lifted in ((far - 1, True), (far, False)):  # up to sqrt(2) and no further
+        seen.clear()
+        next(sample(p, predict, partial(solvers.edm, rise=row - 500), x, rows=[500]))
+        assert (seen[0].var().item() > 0) == lifted
 
 
 # ------------------------------------------------------------------------------------------------- Brownian noise
@@ -641,7 +696,7 @@ def test_spacings_of_a_process_that_ends_in_pure_noise():
     (lambda p: plan(p, "ddim", 2.5), "not 2.5"),
     (lambda p: plan(p, "ddim", 51), "from 1 to the 50 rows of the process, not 51"),
     (lambda p: plan(p, "ddim", 10, etta=1.0), "unknown option of ddim: etta .*did you mean eta"),
-    (lambda p: plan(p, "dpm_2", 10, eta=1.0), "unknown option of dpm_2: eta"),
+    (lambda p: plan(p, "dpm_2", 10, eta=1.0), "the sampler dpm_2 has no options, and so no eta"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:

@@ -514,3 +514,11 @@ def test_a_film_network_from_the_path_alone(tmp_path):
     x, t, vector = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5)
     assert torch.equal(opened(x, t, vector=vector), model.eval()(x, t, vector=vector))
     assert opened(x, t).shape == (2, 6, 8, 8)
+
+
+def test_a_classifier_of_a_process_that_ends_in_pure_noise_needs_no_prediction():
+    flags = script_util.classifier_and_diffusion_defaults() | {"image_size": 32, "classifier_width": 64}
+    _, diffusion = script_util.create_classifier_and_diffusion(**flags | {"noise_schedule": "cosine+zero_snr"})
+    assert diffusion.alphas_cumprod[-1] == 0
+    _, usual = script_util.create_classifier_and_diffusion(**flags)
+    assert usual.model_mean_type == script_util.ModelMeanType.EPSILON

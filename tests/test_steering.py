@@ -362,6 +362,7 @@ def test_a_classifier_guides_at_the_rows_that_a_sampler_keeps(steer):
 
 @pytest.mark.parametrize("words, how", [
     ("--guidance_scale 4 --guidance_projected 0.3", {"projected": 0.3}),
+    ("--guidance_scale 4 --guidance_rescale 0.4", {"rescaled": 0.4}),
     ("--guidance_scale 4 --dynamic_threshold 0.8", {"quantile": 0.8}),
     ("--guidance_scale 4 --dynamic_threshold 0.8 --clip_denoised False", {"quantile": 0.8, "clip": False}),
     ("--guidance_scale 4 --clip_denoised False", {"clip": False}),
@@ -369,7 +370,8 @@ def test_a_classifier_guides_at_the_rows_that_a_sampler_keeps(steer):
 def test_projection_and_threshold_against_the_wrappers_written_out(home, tmp_path, words, how):
     drawn = draw(home, tmp_path / "out", f"{words} --timestep_respacing 6 --use_ddim True")
     network, diffusion, _ = open_diffusion(path(home, "free"), {"timestep_respacing": "6"})
-    rule = guidance.projected(diffusion, how["projected"]) if "projected" in how else guidance.linear
+    rules = {name: getattr(guidance, name)(diffusion, how[name]) for name in ("projected", "rescaled") if name in how}
+    rule = next(iter(rules.values()), guidance.linear)
     predict = prediction.predictor(diffusion, network, diffusion.model_mean_type, diffusion.model_var_type)
     predict = guidance.classifier_free(predict, {"y": 3}, 4.0, rule, batched=True)
     fn = guidance.dynamic_threshold(how["quantile"]) if "quantile" in how else None
