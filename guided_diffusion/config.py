@@ -2,7 +2,7 @@
 The options of the programs, each written once (name, default, help), and the command line made from them.
 
 A program takes a few of the groups below: `args = parse("...", TrainOptions, ModelOptions, DiffusionOptions)`.
-A new option of a network or a trainer is one more field here. Standard library only.
+A new option of a network or a trainer is one more field here. To be imported, the standard library is enough.
 """
 
 import argparse
@@ -721,8 +721,11 @@ def check_guidance(args, flags):
             raise ValueError(f"--{name} has no effect at --guidance_scale 1: give another scale, as 2")
 
 
-# Samplers whose step looks at one prediction only.
-ONE_PREDICTION = ("ddpm", "ddim", "dpm_1", "euler", "euler_ancestral")
+def one_prediction():
+    """Names of the samplers whose step looks at one prediction only."""
+    from .sampling import SAMPLERS
+
+    return [name for name, sampler in SAMPLERS.items() if sampler.one_prediction]
 
 
 def check_classifier_guidance(args):
@@ -740,10 +743,10 @@ def check_classifier_guidance(args):
         )
     if args.classifier_every < 1:
         raise ValueError(f"--classifier_every must be 1 or more, not {args.classifier_every}")
-    if args.classifier_every > 1 and sampler not in ONE_PREDICTION:
+    if args.classifier_every > 1 and sampler not in one_prediction():
         raise ValueError(
             f"--classifier_every {args.classifier_every}: {sampler} compares the predictions of several rows, and would"
-            f" take guidance that comes and goes for their slope: keep 1, or use {', '.join(ONE_PREDICTION)}"
+            f" take guidance that comes and goes for their slope: keep 1, or use {', '.join(one_prediction())}"
         )
     for name in ("classifier_normalize", "classifier_marginal"):
         if getattr(args, name) < 0:
@@ -765,10 +768,10 @@ def check_restoration(args):
             f"--method repaint takes the known pixels as they are: keep --noise_std 0, not {args.noise_std}, or use"
             " --method dps"
         )
-    if args.method == "repaint" and args.sampler not in ONE_PREDICTION:
+    if args.method == "repaint" and args.sampler not in one_prediction():
         raise ValueError(
             f"--method repaint goes back and forth between rows, which {args.sampler} cannot: use"
-            f" {', '.join(ONE_PREDICTION)}"
+            f" {', '.join(one_prediction())}"
         )
     smallest = {"repaint_jump": 1, "repaint_times": 1, "num_samples": 1, "noise_std": 0, "dps_scale": 0}
     for name, least in smallest.items():

@@ -31,33 +31,36 @@ class Sampler:
     :param spacing: the rows it prefers, a name in SPACINGS.
     :param evaluations: of the network, for each row kept (None: it depends on the data).
     :param stochastic: whether it adds noise on the way; the others can be walked backwards by `invert`.
+    :param one_prediction: whether a step looks at a single prediction, so that guidance may come and go from row to row
+        and rows may be walked again.
     """
 
     rule: Callable
     spacing: str = "log_snr"
     evaluations: int | None = 1
     stochastic: bool = False
+    one_prediction: bool = False
 
     def __call__(self, step, **options):
         return self.rule(step, **options)
 
 
 SAMPLERS = {
-    "ddpm": Sampler(ddpm, "uniform", stochastic=True),
-    "ddim": Sampler(ddim, "uniform"),
+    "ddpm": Sampler(ddpm, "uniform", stochastic=True, one_prediction=True),
+    "ddim": Sampler(ddim, "uniform", one_prediction=True),
     "heun": Sampler(heun, "log_snr", evaluations=2),
     "dpmpp_2m": Sampler(dpmpp_2m),
     "dpmpp_2m_sde": Sampler(partial(dpmpp_2m, eta=1.0), stochastic=True),
     "dpmpp_2s": Sampler(solvers.dpmpp_2s),
     "dpmpp_3m": Sampler(solvers.dpmpp_3m),
-    "dpm_1": Sampler(solvers.dpm_1),
+    "dpm_1": Sampler(solvers.dpm_1, one_prediction=True),
     "dpm_2": Sampler(solvers.dpm_2),
     "dpm_3": Sampler(solvers.dpm_3),
     "unipc": Sampler(solvers.unipc),
     "deis": Sampler(solvers.deis),
     "plms": Sampler(solvers.plms, "quadratic"),
-    "euler": Sampler(solvers.euler, "karras"),
-    "euler_ancestral": Sampler(partial(solvers.euler, eta=1.0), "karras", stochastic=True),
+    "euler": Sampler(solvers.euler, "karras", one_prediction=True),
+    "euler_ancestral": Sampler(partial(solvers.euler, eta=1.0), "karras", stochastic=True, one_prediction=True),
     "edm": Sampler(solvers.edm, "karras", stochastic=True),
     "gam_mu": Sampler(solvers.gam_mu),
     "adaptive": Sampler(solvers.adaptive, evaluations=None),
