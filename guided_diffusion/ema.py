@@ -103,10 +103,10 @@ def combination(snapshots, step, sigma_rel):
         held = ", ".join(str(each) for each in sorted({each for each, _ in snapshots})) or "none"
         raise ValueError(f"no snapshot ends at update {step}; there are those of updates {held}")
     weights, used = np.zeros(len(snapshots)), [k for k, (each, _) in enumerate(snapshots) if each <= step]
-    gram, target, _ = _products([snapshots[k] for k in used], step, sigma_rel)
+    gram, target, square = _products([snapshots[k] for k in used], step, sigma_rel)
     ones = np.ones((len(used), 1))
-    system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])             # with Lagrange's multiplier of the sum
-    weights[used] = np.linalg.lstsq(system, np.append(target, 1.0), rcond=None)[0][:-1]
+    system = np.block([[gram / square, ones], [ones.T, np.zeros((1, 1))]])    # with Lagrange's multiplier of the sum
+    weights[used] = np.linalg.lstsq(system, np.append(target / square, 1.0), rcond=None)[0][:-1]
     return weights
 
 

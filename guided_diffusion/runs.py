@@ -171,12 +171,12 @@ def surroundings():
     }
 
 
-def versions():
+def versions(names=PACKAGES):
     """{package: version} of those that are installed."""
     from importlib import metadata
 
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

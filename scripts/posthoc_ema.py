@@ -4,7 +4,7 @@ import math
 import os
 import re
 
-from guided_diffusion import checkpoint, config, ema, logger, program
+from guided_diffusion import checkpoint, config, ema, program
 from guided_diffusion.config import PosthocOptions
 
 DOUBTFUL = 0.02  # relative error of a profile
@@ -16,7 +16,7 @@ def main():
     program.alone()
     averages = ema.parse(powers=args.sigma_rel)
     if not averages or args.step < 0 or (args.out and len(averages) > 1):
-        raise ValueError("give --sigma_rel, as 0.08 or 0.05,0.1; --step of 0 or more; and --out for a single width only")
+        raise ValueError("give --sigma_rel, as 0.08 or 0.05,0.1; a --step of 0 or more; --out only for one width")
     held = snapshots_in(args.folder)
     step = args.step or max(step for step, _ in held)
     print(f"{len(held)} snapshots of widths {', '.join(f'{width:g}' for width in sorted({w for _, w in held}))}")
@@ -28,9 +28,9 @@ def main():
         checkpoint.save(added_up(dict(zip(held.values(), weights))), path)
         print(f"{path}: relative error of the profile {error:.2%}")
         if error > DOUBTFUL:
-            logger.warn(
-                f"the profile of width {average.sigma_rel:g} is off by {error:.1%}: it takes more snapshots (a smaller"
-                " --save_interval) of widths nearer to it, about 0.05 to 0.25 being within reach of 0.05 and 0.1"
+            print(
+                f"warning: the profile of width {average.sigma_rel:g} is off by {error:.1%}: it takes more snapshots (a"
+                " smaller --save_interval) or such of widths nearer to it"
             )
 
 
