@@ -220,8 +220,9 @@ def open_run(folder):
     content = read(folder)
     if content is None:
         parent, name = os.path.split(os.path.abspath(folder))
-        near = config.nearest(name, checkpoint.names_in(parent))
-        raise FileNotFoundError(f"no {CAPSULE_NAME} in {folder}{near}")
+        found = checkpoint.names_in(parent)
+        others = [other for other in found if checkpoint.exists(os.path.join(parent, other, CAPSULE_NAME))]
+        raise FileNotFoundError(f"no {CAPSULE_NAME} in {folder}{config.nearest(name, others)}")
     return folder, content
 
 

@@ -50,6 +50,8 @@ def added_up(weights):
         if abs(weight) < NEGLIGIBLE:
             continue
         state = checkpoint.load(path)
+        if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
+            raise ValueError(f"{path} is no state dict of a network")
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         if not total:
             first, expected = path, shapes

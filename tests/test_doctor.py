@@ -139,7 +139,7 @@ def test_the_note_is_for_one_device_and_network(tmp_path):
     assert memory.recall(tmp_path, th.device("mps"), flags)[0] == -1
     for text in ("{", "[]", '{"format": 2}', '{"format": 1, "device": "cpu"}'):
         (tmp_path / "doctor.json").write_text(text)
-        with pytest.raises(ValueError, match="doctor.json cannot be read .*delete it, or give --microbatch"):
+        with pytest.raises(ValueError, match=r"doctor.json cannot be read .*delete it, or give --microbatch"):
             memory.recall(tmp_path, CPU, flags)
 
 
@@ -218,7 +218,8 @@ def test_a_rename_in_two_parts_is_noticed(tmp_path, monkeypatch):
     assert doctor.atomic_renames(str(tmp_path / "file"))
 
     def in_parts(source, target):
-        content = open(source, "rb").read()
+        with open(source, "rb") as file:
+            content = file.read()
         with open(target, "wb") as file:
             file.write(content[:100])
             file.flush()
@@ -233,7 +234,8 @@ def test_too_many_threads_are_named(monkeypatch):
     found = doctor.SimpleNamespace(places=[(doctor.socket.gethostname(), "cpu")] * 4)
     monkeypatch.setattr(doctor, "_cores", lambda: range(4))
     monkeypatch.setattr(th, "get_num_threads", lambda: 2)
-    assert list(doctor.threads(found))[1:] == ["the processes here want 8 threads for 4 cores: export OMP_NUM_THREADS=1"]
+    said = list(doctor.threads(found))
+    assert said[1:] == ["the processes here want 8 threads for 4 cores: export OMP_NUM_THREADS=1"]
     monkeypatch.setattr(th, "get_num_threads", lambda: 1)
     assert len(list(doctor.threads(found))) == 1
 
