@@ -171,6 +171,8 @@ def test_a_whole_examination_and_training_that_heeds_it(quick, digits, tmp_path,
     told = done("image_train", f"{words} {folder}").out
     assert f"--microbatch 2, which {folder}/doctor.json says fits" in told
     assert "grad_noise_scale" in rows(folder)[0]  # which only a batch in parts can tell
+    (tmp_path / "typed").mkdir()
+    (tmp_path / "typed/doctor.json").write_text((folder / "doctor.json").read_text())
     told = done("image_train", f"{words} {tmp_path}/typed --microbatch 8").out
     assert "doctor.json" not in told and "grad_noise_scale" not in rows(tmp_path / "typed")[0]
     (folder / "doctor.json").write_text("{")

@@ -46,6 +46,7 @@ def edited(home, target, change):
     ("--log_dir --force", "--force"),  # a flag alone: what follows is no value
     ("--resume never --a -1 --log_dir -x", "--a -1"),
     ("--log_dir=", ""),
+    ("--log_dir=x y", "y"),
     ("--log_dir_of x --log x", "--log_dir_of x --log x"),
     ("--prompts a b --log_dir --resume=auto", "--prompts a b"),
     ("--a=--log_dir --log_dir=--a", "--a=--log_dir"),
