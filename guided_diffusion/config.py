@@ -185,7 +185,11 @@ class _Training:
     beta2: float = option(0.999, "decay of AdamW's mean of squared gradients; 0.99 follows them faster")
     iterations: int = option(0, "stop after this many updates in all; 0: no such limit")
     batch_size: int = option(1, "images at once in each process")
-    microbatch: int = option(-1, "images in memory at once, gradients averaged over the batch; -1: the whole batch")
+    microbatch: int = option(
+        -1,
+        "images in memory at once, gradients averaged over the batch; -1: the whole batch, or what doctor.json in"
+        " --log_dir remembers",
+    )
     log_interval: int = option(10, "updates between two lines of the log")
     save_interval: int = option(10000, "updates between two checkpoints")
     resume_checkpoint: str = option(
@@ -420,6 +424,32 @@ class InpaintOptions(_OfImages):
     )  # fmt: skip
 
 
+@dataclass
+class ReplayOptions:
+    """replay"""
+
+    log_dir: str = changed(RunOptions, "log_dir", "", "folder of the new run; empty: that of the old one with _replay")
+    run: bool = option(True, "run the first command again, instead of only telling what it was")
+
+
+@dataclass
+class PosthocOptions:
+    """averages put together afterwards"""
+
+    sigma_rel: str = option(
+        "", "widths of the averages wanted, relative to the length of training, as 0.08 or 0.05,0.1,0.15"
+    )
+    step: int = option(0, "the update at which they end; 0: the last one with snapshots")
+    out: str = option("", "file to write, if one width is wanted; empty: ema_posthocWIDTH_NNNNNN.pt beside the others")
+
+
+@dataclass
+class DoctorOptions:
+    """doctor"""
+
+    write: bool = option(False, "remember the microbatch that fits in doctor.json in --log_dir, for training there")
+
+
 # ------------------------------------------------------------------------------------------------- flags from options
 
 
@@ -493,23 +523,27 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
-def parse(description, *groups, argv=None):
+def parse(description, *groups, argv=None, positional=None):
     """
     Parse the command line.
 
     :param description: one sentence for --help.
     :param groups: options dataclasses; a name in several groups is one flag.
     :param argv: list of words; None takes those of the process.
+    :param positional: {name: help} of texts that are typed without a flag.
     :return: argparse.Namespace of every option, and `explicit`: the set of names that were typed.
     :raises ValueError: for an unknown flag (with the nearest names) or a value that cannot be read.
     """
     known = options(*groups)
+    positional = positional or {}
     parser = _Parser(
         description=description,
-        usage="%(prog)s [--name value] ...",
+        usage=" ".join(["%(prog)s", *map(str.upper, positional), "[--name value] ..."]),
         argument_default=argparse.SUPPRESS,
         epilog="GD_DEBUG=1 in the environment shows the traceback of an error.",
     )
+    for name, help in positional.items():
+        parser.add_argument(name, metavar=name.upper(), help=help)
     left = dict(known)
     for group in groups:
         section = parser.add_argument_group(group.__doc__)
@@ -522,7 +556,7 @@ def parse(description, *groups, argv=None):
         parser.error(f"unknown flag {word}{nearest(word, [f'--{name}' for name in known])}")
     values = {name: field.default for name, field in known.items()} | vars(typed)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return argparse.Namespace(**values, explicit=set(vars(typed)))
+    return argparse.Namespace(**values, explicit=set(vars(typed)) - set(positional))
 
 
 def nearest(word, names):

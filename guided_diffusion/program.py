@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, health, logger, runs, text
+from . import checkpoint, config, dist_util, guidance, health, logger, memory, runs, text
 from .generate import collect, planned, sample_stream, save_samples
 from .image_datasets import load_data
 from .script_util import open_diffusion
@@ -202,9 +202,13 @@ def loop_options(args, flags):
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed lr_schedule lr_warmup eval_interval keep_last keep_every keep_best"
     names += " background_save max_minutes"
-    return {name: getattr(args, name) for name in names.split()} | {
-        "progress": True, "flags": flags, "folder": args.checkpoint_dir or None,
-    }  # fmt: skip
+    options = {name: getattr(args, name) for name in names.split()}
+    options |= {"progress": True, "flags": flags, "folder": args.checkpoint_dir or None}
+    if args.microbatch == -1:
+        options["microbatch"], said = dist_util.from_main(memory.recall, logger.get_dir(), dist_util.dev(), flags)
+        if said:
+            logger.log(said)
+    return options
 
 
 def run(main):

@@ -14,9 +14,11 @@ import sys
 import torch as th
 
 from . import checkpoint, config, dist_util, logger, saves
+from .image_datasets import load_data
 
 FORMAT = 1
 CAPSULE_NAME = "run.json"
+_START = {"command": list, "options": dict, "folder": str, "ranks": int, "packages": dict, "machine": dict}
 PACKAGES = "torch numpy scipy blobfile tqdm pillow mpi4py torch-fidelity".split()
 
 
@@ -99,7 +101,8 @@ def record(folder, args, data, resumed_from):
     starts = (earlier or {"starts": []})["starts"]
     options = {name: value for name, value in vars(args).items() if name != "explicit"}
     if starts:
-        _say_changes(starts[-1]["options"], options)
+        for line in changes(starts[-1]["options"], options):
+            logger.log(f"changed since the last start: {line}")
     starts = [*starts, {"command": command_line(), "resumed_from": resumed_from, "options": options, **surroundings()}]
     content = {"format": FORMAT, "identity": identity, "starts": starts}
     with checkpoint.writing(os.path.join(folder, CAPSULE_NAME)) as file:
@@ -114,11 +117,18 @@ def read(folder):
     try:
         with checkpoint.reading(path) as file:
             content = json.loads(file.read())
-        if content["format"] != FORMAT or not content["starts"] or not isinstance(content["identity"], dict):
-            raise ValueError(f"its format is {content['format']}")
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
+        if not content["starts"] or not isinstance(content["identity"], dict):
+            raise ValueError("it tells of no start")
+        for start in content["starts"]:
+            absent = [name for name, kind in _START.items() if not isinstance(start[name], kind)]
+            if absent or not start["command"]:
+                raise ValueError(f"it does not tell {', '.join(absent) or 'the command'}")
         return content
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): mend it, or move it away") from error
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
+        raise ValueError(f"{path} cannot be read ({lacks}{error}): mend it, or move it away") from error
 
 
 def _check_same(folder, earlier, identity, force):
@@ -134,11 +144,11 @@ def _check_same(folder, earlier, identity, force):
             logger.warn(f"{told}; going on by --force")
 
 
-def _say_changes(before, now):
+def changes(before, now):
+    """The options, but for those of where and how a run starts, that differ between two starts: lines of text."""
     passing = {"resume_checkpoint", "resume", "force", "log_dir"}
-    for name in sorted(before.keys() & now.keys() - passing):
-        if before[name] != now[name]:
-            logger.log(f"changed since the last start: {name} {before[name]!r} -> {now[name]!r}")
+    names = sorted(before.keys() & now.keys() - passing)
+    return [f"{name} {before[name]!r} -> {now[name]!r}" for name in names if before[name] != now[name]]
 
 
 def command_line():
@@ -161,12 +171,12 @@ def surroundings():
     }
 
 
-def versions():
+def versions(names=PACKAGES):
     """{package: version} of those that are installed."""
     from importlib import metadata
 
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -195,34 +205,119 @@ def machine():
     return {"system": platform.platform(), "cores": os.cpu_count(), "threads": th.get_num_threads(), "gpus": gpus}
 
 
-def replay_command(content, log_dir):
-    """
-    The words that run the first start of a capsule again into another folder: a launcher if it had several processes,
-    the interpreter, the program and its flags.
+# ---------------------------------------------------------------------------------------------------- told and replayed
 
-    :raises ValueError: if the program is not there any more.
+
+def open_run(folder):
     """
-    start = content["starts"][0]
+    (the folder, the content of its run.json); the path of run.json itself will do.
+
+    :raises FileNotFoundError: if there is none; ValueError if it cannot be read.
+    """
+    folder = os.path.normpath(folder)
+    if os.path.basename(folder) == CAPSULE_NAME:
+        folder = os.path.dirname(folder) or "."
+    content = read(folder)
+    if content is None:
+        parent, name = os.path.split(os.path.abspath(folder))
+        found = checkpoint.names_in(parent)
+        others = [other for other in found if checkpoint.exists(os.path.join(parent, other, CAPSULE_NAME))]
+        raise FileNotFoundError(f"no {CAPSULE_NAME} in {folder}{config.nearest(name, others)}")
+    return folder, content
+
+
+def told(content):
+    """A capsule as a text: what identifies the run, and its starts."""
+    told = [f"run of {content['identity']}".replace("'", "")]
+    before = None
+    for number, start in enumerate(content["starts"], 1):
+        by = f" by {start['launcher']}" if start["launcher"] else ""
+        resumed = f"going on from {start['resumed_from']}" if start["resumed_from"] else "from the beginning"
+        told += [f"start {number}: {start['time']}, {resumed}", f"  command   {shown(start['command'])}"]
+        told += [f"  in        {start['folder']}, {start['ranks']} process(es){by}"]
+        told += [f"  {name:<9} {value}" for name, value in _flat(start).items()]
+        told += [f"  changed   {line}" for line in (changes(before["options"], start["options"]) if before else [])]
+        before = start
+    return "\n".join(told)
+
+
+def _flat(start):
+    """{a short name: what a start says of its software and machine, in words}."""
+    git, machine = start["git"] or {}, start["machine"]
+    edited = " with changes not committed" if git.get("changed") else ""
+    return {
+        "software": ", ".join(f"{k} {v}" for k, v in {"python": start["python"], **start["packages"]}.items()),
+        "source": f"commit {git['commit']}{edited}" if git else "no repository",
+        "machine": f"{machine['system']}, {machine['cores']} cores, {machine['threads']} threads"
+                   + "".join(f", {gpu}" for gpu in machine["gpus"]),
+    }  # fmt: skip
+
+
+def differences(start, now):
+    """What of software, source and machine is not as it was at a start: lines for the reader."""
+    before, after = ({"python": each["python"], **each["packages"]} for each in (start, now))
+    lines = [f"{name} {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+             for name in before | after if before.get(name) != after.get(name)]  # fmt: skip
+    then, today = _flat(start), _flat(now)
+    return lines + [f"{k}: {then[k]} -> {today[k]}" for k in ("source", "machine") if then[k] != today[k]]
+
+
+def fingerprint_now(start):
+    """
+    The (fingerprint, number of images) of a start's data as they are now.
+
+    :raises ValueError, FileNotFoundError: if they are not there any more, or cannot be read.
+    """
+    options = start["options"]
+    path = options["data_dir"]
+    if not checkpoint.is_remote(path):
+        path = os.path.join(start["folder"], path)
+    if not checkpoint.exists(path):
+        raise FileNotFoundError(f"the data of the run, {path}, are not there any more")
+    data = load_data(
+        data_dir=path,
+        batch_size=1,
+        image_size=options["image_size"],
+        class_cond=options.get("class_cond", True),  # a classifier always is
+        label_from=options["label_from"],
+        num_workers=0,
+    )
+    return data.fingerprint, data.num_images
+
+
+def replay_command(start, log_dir):
+    """
+    The words that do a start again, into another folder: a launcher if it had several processes, the interpreter, the
+    program and its flags. To be run in `start["folder"]`.
+
+    :raises FileNotFoundError: if the program is not there any more.
+    """
     program, *words = start["command"]
     if not os.path.exists(program):
-        raise ValueError(f"the program {program} of the run is not there any more")
-    words = _without(words, "log_dir", "resume", "resume_checkpoint" if start["resumed_from"] is None else "log_dir")
+        raise FileNotFoundError(f"the program of the run, {program}, is not there any more")
+    words = _without(words, "log_dir", "resume", "resume_checkpoint")
+    if start["options"].get("resume_checkpoint"):  # of another folder; of its own if run.json is younger than the run
+        words += ["--resume_checkpoint", start["options"]["resume_checkpoint"]]
     launcher = [sys.executable]
     if start["ranks"] > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(start["ranks"])]
-    return [*launcher, program, *words, "--log_dir", log_dir]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(start["ranks"])]
+    return [*launcher, program, *words, "--log_dir", os.path.abspath(log_dir)]
 
 
 def _without(words, *names):
-    """Command-line words without these flags and their values, however they are written."""
+    """
+    Command-line words without these flags and their values, as --flag value, --flag=value, or --flag alone. A value
+    may begin with one dash, as numbers below zero do, but not with two: that is the next flag.
+    """
     kept, skip = [], False
     for word in words:
         if skip and not word.startswith("--"):
             skip = False
             continue
-        name = word.removeprefix("--").split("=")[0] if word.startswith("--") else None
-        skip = name in names and "=" not in word
-        if name not in names:
+        name, equals, _ = word.removeprefix("--").partition("=")
+        gone = word.startswith("--") and name in names
+        skip = gone and not equals
+        if not gone:
             kept.append(word)
     return kept
 
@@ -230,9 +325,3 @@ def _without(words, *names):
 def shown(words):
     """Words as a line for a shell."""
     return shlex.join(words)
-
-
-def nearest_run(folder):
-    """The error for a folder without a capsule."""
-    near = config.nearest(os.path.basename(folder), os.listdir(os.path.dirname(os.path.abspath(folder)) or "."))
-    return FileNotFoundError(f"no {CAPSULE_NAME} in {folder}{near}")

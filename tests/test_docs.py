@@ -15,6 +15,7 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "datas
 # From the sizes in the text to sizes that take seconds. Names of files shrink with the counts in them.
 TINY = [
     (r"--(iterations|save_interval) (\d)000\b", r"--\1 \2"),
+    (r"--save_interval 100\b", "--save_interval 1"),
     (r"_?00(\d)000\.pt", lambda m: m[0].replace(f"00{m[1]}000", f"00000{m[1]}")),
     (r"--num_samples 100\b", "--num_samples 6"),
     (r"samples_500x", "samples_20x"),
@@ -112,6 +113,16 @@ def test_every_command_of_the_page_on_captions(clone):
     assert (clone / "runs/prompts/samples_6x8x8x1.npz").exists()
 
 
+def test_every_command_of_the_page_on_training(clone):
+    ran = [shell(tiny(command), clone) for command in commands(ROOT / "docs" / "training.md")]
+    examined, first, second, averaged, drawn, told = ran[1:]
+    assert "bottleneck: " in examined and "remembered in runs/long/doctor.json" in examined and len(ran) == 7
+    assert "going on from" not in first and "going on from runs/long/model000001.pt at update 1" in second
+    assert averaged.count("relative error of the profile") == 2 and "samples_6x8x8x1.npz" in drawn
+    assert "start 2: " in told and "changed   iterations 1 -> 2" in told and "data are as they were" in told
+    assert not (clone / "runs/long_replay").exists()
+
+
 def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     for name in ("scripts", "datasets"):
         os.symlink(ROOT / name, tmp_path / name)
@@ -156,7 +167,7 @@ def test_every_flag_that_the_docs_name_exists():
              for field in dataclasses.fields(group)}  # fmt: skip
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
                "source", "fashion", "data", "network", "scales", "seeds",
-               "templates", "hold_out", "vectors", "encoder", "judge"}  # fmt: skip
+               "gpus", "ntasks", "requeue", "templates", "hold_out", "vectors", "encoder", "judge"}  # fmt: skip
     for path in DOCS:
-        named = set(re.findall(r"(?<![\w-])--([a-z_]+)", path.read_text()))
+        named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -30,10 +30,11 @@ MACHINERY = [
     "diffunet",
     "checkpoint",
     "dist_util",
-    "logger saves ema health",
+    "logger saves ema health memory",
     "fp16_util generate tally tasks runs",
     "train_util script_util",
     "program study",
+    "doctor",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library
 LIGHT = [*MATHEMATICS, *NETWORKS, "toy_models"]  # what needs no other

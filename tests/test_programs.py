@@ -83,7 +83,8 @@ def done(name, words, **env):
 def refused(name, words, *patterns):
     """The program ends with code 2 and, progress bars aside, one line on stderr, in which the patterns are found."""
     result = run(name, words)
-    lines = [line for line in re.split(r"[\r\n]+", result.err) if not re.match(r"training:|sampling:|\s*$", line)]
+    bars = r"training:|sampling:|measuring |\s*$"
+    lines = [line for line in re.split(r"[\r\n]+", result.err) if not re.match(bars, line)]
     assert result.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.err
     for pattern in patterns:
         assert re.search(pattern, lines[0]), lines[0]

@@ -1,0 +1,366 @@
+"""
+Say what a training run will find here: launcher, devices, attention kernels, precision, threads, disk and packages; and
+for a network, the memory that it takes, a microbatch that fits, and whether the data or the training is the slower.
+"""
+
+import contextlib
+import copy
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from types import SimpleNamespace
+
+import torch as th
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import checkpoint, config, dist_util, ema, logger, memory, program, runs
+from .config import DiffusionOptions, DoctorOptions, ModelOptions, RunOptions, TrainOptions
+from .fp16_util import MixedPrecisionTrainer, make_adamw
+from .nn import update_ema
+from .resample import create_named_schedule_sampler
+from .script_util import create_model_and_diffusion
+from .tasks import DiffusionTask
+from .unet import SHORT_LENGTH
+
+MIB, GIB = 2**20, 2**30
+DTYPES = (th.float32, th.bfloat16, th.float16)
+WORTH_IT = 1.2  # times as fast
+OPTIONAL = {
+    "mpi4py": "mpiexec on several nodes without MASTER_ADDR",
+    "torch-fidelity": "FID and inception score with the network of the papers",
+    "scikit-learn": "datasets/digits.py and the demo",
+    "tensorboard": "OPENAI_LOG_FORMAT=tensorboard",
+}
+NOT_OF_A_NETWORK = {"device", "log_dir", "seed", "write"}  # without any other flag no network is looked at
+
+
+def main():
+    args = config.parse(__doc__, DoctorOptions, TrainOptions, ModelOptions, DiffusionOptions, RunOptions)
+    if args.write and not args.log_dir:
+        raise ValueError("--write True needs --log_dir, the folder of the run that shall find doctor.json")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size must be 1 or more, not {args.batch_size}")
+    dist_util.setup_dist(args.device or None)
+    failed = look(args, dist_util.gather_objects((socket.gethostname(), str(dist_util.dev()))))
+    dist_util.barrier()  # the other processes wait, so that they do not share what is measured
+    if failed and dist_util.is_main():
+        raise ValueError(f"could not be found out, for the reasons above: {', '.join(failed)}")
+
+
+def look(args, places):
+    """Print every part, in rank 0; the names of those that failed."""
+    if not dist_util.is_main():
+        return []
+    folder = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or tempfile.gettempdir()
+    logger.Logger.CURRENT = logger.Logger(dir=folder, output_formats=[logger.HumanOutputFormat(sys.stdout)])
+    flags = config.flags_of(args, ModelOptions, DiffusionOptions)
+    found = SimpleNamespace(args=args, flags=flags, places=places, folder=folder, device=dist_util.dev(), speed={})
+    failed = []
+    for name, part in PARTS.items():
+        if name in OF_A_NETWORK and not args.explicit - NOT_OF_A_NETWORK:
+            logger.log(f"{name}: give the flags of the network, and --data_dir, to learn of it")
+            continue
+        try:
+            for line in part(found):
+                logger.log(f"{name}: {line}")
+        except Exception as error:  # whatever it is, the other parts go on
+            logger.log(f"{name}: not found out: {' '.join(str(error).split()) or type(error).__name__}")
+            failed.append(name)
+    return failed
+
+
+# --------------------------------------------------------------------------------------------------- what is there
+
+
+def launcher(found):
+    place = dist_util.resolve(os.environ)
+    yield f"{place.launcher or 'none'}, {len(found.places)} process(es){'' if place.one_node else ' on several nodes'}"
+    for rank, (host, device) in enumerate(found.places):
+        yield f"rank {rank} on {host}, device {device}"
+
+
+def devices(found):
+    if not th.cuda.device_count():
+        yield "no GPU that torch can use: training runs on the CPU"
+    for i in range(th.cuda.device_count()):
+        info, (free, total) = th.cuda.get_device_properties(i), th.cuda.mem_get_info(i)
+        yield (f"cuda:{i} {info.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, compute capability"
+               f" {info.major}.{info.minor}, CUDA {th.version.cuda}")  # fmt: skip
+    free = memory.free_bytes(th.device("cpu"))
+    yield f"{os.cpu_count()} CPU cores" + (f", {free / GIB:.1f} GiB of memory free" if free else "")
+
+
+def threads(found):
+    mine, cores, here = th.get_num_threads(), len(_cores()), [host for host, _ in found.places]
+    said = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield f"{mine} for each process (OMP_NUM_THREADS is {said}), {cores} cores that this process may use"
+    together = mine * here.count(socket.gethostname())
+    if together > max(cores, mine):
+        fair = max(1, cores // here.count(socket.gethostname()))
+        yield f"the processes here want {together} threads for {cores} cores: export OMP_NUM_THREADS={fair}"
+
+
+def _cores():
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+
+
+def attention(found):
+    names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    kernels = {name: getattr(SDPBackend, name) for name in names if hasattr(SDPBackend, name)}
+    for dtype in DTYPES:
+        runs_here = [name for name, kernel in kernels.items() if _attends(kernel, dtype, found.device)]
+        yield f"{_short(dtype)} on {found.device}: {', '.join(runs_here).lower() or 'none'}"
+    if found.device.type == "cpu":
+        yield f"sequences of up to {SHORT_LENGTH} go by the plain formula, which is faster on a CPU"
+
+
+def _attends(kernel, dtype, device):
+    """Whether a kernel of torch's attention runs forwards and backwards."""
+    q = th.randn(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)      # [N,heads,L,c]
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(kernel):
+            warnings.simplefilter("ignore")
+            F.scaled_dot_product_attention(q, q, q).float().sum().backward()
+        return True
+    except RuntimeError:
+        return False
+
+
+def precision(found):
+    pace = {}
+    for dtype in DTYPES:
+        try:
+            pace[dtype] = _convolutions(dtype, found.device)
+            yield f"{_short(dtype)}: {pace[dtype] / 1e9:.3g} GFLOP/s in convolutions, forwards and backwards"
+        except RuntimeError as error:
+            yield f"{_short(dtype)}: not supported ({str(error).splitlines()[0]})"
+    for dtype in DTYPES[1:]:
+        if dtype in pace:
+            ratio = pace[dtype] / pace[th.float32]
+            verdict = "faster" if ratio > WORTH_IT else "no gain but memory" if ratio > 0.8 else "slower"
+            yield f"{_short(dtype)} is {ratio:.2g} times as fast as float32: {verdict}"
+    yield f"recommended: --use_fp16 {pace.get(th.float16, 0) > WORTH_IT * pace[th.float32]}"
+
+
+def _convolutions(dtype, device):
+    """FLOP/s of training a 3x3 convolution, which is most of a U-Net, in images of a size for the device."""
+    n, channels, side = (32, 256, 64) if device.type == "cuda" else (4, 64, 16)
+    x = th.randn(n, channels, side, side, device=device).to(dtype).requires_grad_()
+    weight = th.randn(channels, channels, 3, 3, device=device).to(dtype).requires_grad_()
+
+    def once():
+        x.grad = weight.grad = None
+        F.conv2d(x, weight, padding=1).float().sum().backward()
+
+    return paced(once, device, seconds=0.3) * 3 * 2 * 9 * channels**2 * n * side**2
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def disk(found):
+    if checkpoint.is_remote(found.folder):
+        yield f"{found.folder} is not on a disk: not measured"
+        return
+    checkpoint.check_writable(found.folder)
+    stat = os.statvfs(found.folder) if hasattr(os, "statvfs") else None
+    if stat:
+        yield f"{stat.f_bavail * stat.f_frsize / GIB:.1f} GiB free in {found.folder}"
+    path = os.path.join(found.folder, f".doctor{os.getpid()}")
+    try:
+        block, start = os.urandom(MIB), time.monotonic()
+        with checkpoint.writing(path) as file:
+            for _ in range(64):
+                file.write(block)
+        yield f"{64 / (time.monotonic() - start):.0f} MiB/s in writing a file of 64 MiB to its end on the disk"
+        whole = atomic_renames(path)
+        yield "renaming over a file is atomic" if whole else "renaming over a file is NOT atomic: saves may be torn"
+    finally:
+        checkpoint.remove(path)
+
+
+def atomic_renames(path, times=200):
+    """Whether whoever reads a file while others are renamed over it always finds a whole one."""
+    contents, torn, done = [letter * 4096 for letter in (b"a", b"b")], [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            try:
+                with open(path, "rb") as file:
+                    torn.append(file.read() not in contents)
+            except OSError:
+                torn.append(True)
+
+    with checkpoint.writing(path) as file:
+        file.write(contents[0])
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(times):
+        with open(f"{path}.new", "wb") as file:
+            file.write(contents[i % 2])
+        os.replace(f"{path}.new", path)
+    done.set()
+    reader.join()
+    return not any(torn)
+
+
+def packages(found):
+    held = runs.versions([*runs.PACKAGES, *OPTIONAL])
+    yield ", ".join(f"{name} {version}" for name, version in held.items())
+    for name, use in OPTIONAL.items():
+        if name not in held:
+            yield f"{name} is not installed; it is needed for {use}"
+
+
+# ------------------------------------------------------------------------------------------------- what a network is
+
+
+class Step:
+    """A training step on images of noise, apart from any run: what `Trainer` does with a batch, in one process."""
+
+    def __init__(self, args, flags, device):
+        net, diffusion = create_model_and_diffusion(**flags)
+        self.flags, self.device = flags, device
+        self.task = DiffusionTask(net.to(device), diffusion, create_named_schedule_sampler("uniform", diffusion))
+        self.precision = MixedPrecisionTrainer(model=net, use_fp16=flags["use_fp16"])
+        self.opt = make_adamw(self.precision.master_params, lr=args.lr, weight_decay=args.weight_decay)
+        self.averages = ema.parse(args.ema_rate, args.ema_halflife, args.ema_power)
+        self.ema_params = [copy.deepcopy(self.precision.master_params) for _ in self.averages]
+
+    def batch(self, n):
+        """(images of noise [n,C,H,W], the conditions that the network takes)."""
+        flags = self.flags
+        x = th.randn(n, flags["image_channels"], flags["image_size"], flags["image_size"], device=self.device)
+        cond = {"y": th.arange(n, device=self.device) % flags["num_classes"]} if flags["class_cond"] else {}
+        width = flags["vector_channels"]
+        return x, cond | ({"vector": th.randn(n, width, device=self.device)} if width else {})
+
+    def loss(self, x, cond):
+        """The sum of the losses of images [n,C,H,W]."""
+        t = th.arange(len(x), device=self.device) % self.task.num_timesteps
+        return self.task.loss(self.task.net, x, cond, t, th.randn_like(x))["loss"].sum()
+
+    def __call__(self, n, microbatch):
+        """An update from n images, so many at a time."""
+        self.precision.zero_grad()
+        for start in range(0, n, microbatch):
+            part = min(microbatch, n - start)
+            self.precision.backward(self.loss(*self.batch(part)) / n)
+        good, _ = self.precision.optimize(self.opt)
+        for average, params in zip(self.averages, self.ema_params):
+            update_ema(params, self.precision.master_params, rate=average.decay(1, n), where=good)
+
+
+def network(found):
+    args, batch = found.args, found.args.batch_size
+    free = memory.free_bytes(found.device)
+    step = found.step = Step(args, found.flags, found.device)
+    params, masters = step.precision.model_params, step.precision.master_params
+    yield f"{sum(p.numel() for p in params):,} parameters, {len(step.averages)} average(s)"
+    fixed = memory.fixed_bytes(params, masters, len(step.averages))
+    each = memory.activation_bytes(lambda: step.loss(*step.batch(1)), but=params)
+    for name, count in {**fixed, "activations of an image": each}.items():
+        yield f"{name}: {count / MIB:.1f} MiB"
+    tried = min(args.microbatch, batch) if args.microbatch > 0 else batch
+    total = sum(fixed.values()) + each * tried
+    about = f", of {free / MIB:.0f} free" if free else ""
+    yield f"in all, {tried} images at a time: about {total / MIB:.0f} MiB{about}"
+    fits = _fitting(found, free, sum(fixed.values()), each)
+    if fits == 0:
+        raise ValueError("not even one image at a time fits: take a smaller network, --use_checkpoint or --use_fp16")
+    how = "was tried" if found.device.type == "cuda" else "is estimated, not tried" if free else "is not known here"
+    yield f"a microbatch of {fits} of the {batch} images of a batch fits; that {how}"
+    found.microbatch = args.microbatch if args.microbatch > 0 else fits
+    if args.write:
+        content = {"batch_size": batch, "bytes": {**fixed, "activations of an image": each}}
+        memory.remember(found.folder, found.device, found.flags, fits, **content)
+        yield f"remembered in {found.folder}/{memory.NOTE_NAME}: training there with --microbatch -1 takes it"
+
+
+def _fitting(found, free, fixed, each):
+    """The largest microbatch that fits: tried on a GPU, elsewhere estimated."""
+    most = found.args.batch_size
+    if found.device.type != "cuda":
+        return memory.estimated_fit(free, fixed, each, most) if free else most
+
+    def attempt(n):
+        logger.log(f"network: trying {n} image(s) at a time")
+        with contextlib.ExitStack() as after:
+            after.callback(th.cuda.empty_cache)
+            after.callback(found.step.precision.zero_grad)
+            found.step(n, n)
+            th.cuda.synchronize(found.device)
+
+    return memory.largest_that_fits(attempt, most)
+
+
+def training(found):
+    if not hasattr(found, "microbatch"):
+        raise ValueError("the network could not be looked at")
+    n, m = found.args.batch_size, min(found.microbatch, found.args.batch_size)
+    pace = paced(lambda: found.step(n, m), found.device, what="training steps")
+    found.speed["training"] = n * pace
+    yield f"{n * pace:.3g} images a second, {1 / pace:.3g} s for a step of {n} ({m} at a time), in one process"
+
+
+def loader(found):
+    args = found.args
+    if not args.data_dir:
+        yield "give --data_dir to have it measured"
+        return
+    shape = {"random_crop": args.random_crop, "random_flip": args.random_flip}
+    shape |= {"class_cond": args.class_cond, "vector_channels": args.vector_channels}
+    data = program.open_data(args, found.flags, args.data_dir, **shape)
+    for _ in range(2 * args.num_workers):  # what workers read ahead while nobody asks
+        next(data)
+    pace = paced(lambda: next(data), th.device("cpu"), what="batches read", most=200)
+    found.speed["loader"] = args.batch_size * pace
+    yield f"{args.batch_size * pace:.3g} images a second with --num_workers {args.num_workers}"
+
+
+def bottleneck(found):
+    if len(found.speed) < 2:
+        yield "not known without both the data's and the training's speed"
+        return
+    read, trained = found.speed["loader"], found.speed["training"]
+    if read < trained:
+        wanted = max(1, found.args.num_workers) * trained / read
+        yield f"the data ({read / trained:.2g} of what training takes): try --num_workers {wanted:.0f} or more,"
+        yield "or smaller files; an npz is read from memory"
+    else:
+        yield f"training; the data come {read / trained:.2g} times as fast as it takes them"
+    if found.device.type == "cpu":
+        yield "on a CPU both want the same cores, and were measured in turn"
+
+
+OF_A_NETWORK = ("network", "training", "loader", "bottleneck")
+PARTS = {"launcher": launcher, "devices": devices, "threads": threads, "attention": attention, "precision": precision,
+         "disk": disk, "packages": packages, "network": network, "training": training, "loader": loader,
+         "bottleneck": bottleneck}  # fmt: skip
+
+
+def paced(action, device, seconds=3.0, most=1000, what=""):
+    """How often a second `action()` can be done, the first time left out; tried for so long, or `most` times."""
+    from tqdm.auto import tqdm
+
+    wait = th.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    with tqdm(desc=f"measuring {what}", unit="", disable=not what) as bar:
+        action()
+        wait()
+        start, n = time.monotonic(), 0
+        while n == 0 or (n < most and time.monotonic() - start < seconds):
+            action()
+            wait()
+            n += 1
+            bar.update()
+        return n / max(time.monotonic() - start, 1e-9)
+
+
+if __name__ == "__main__":
+    program.run(main)
