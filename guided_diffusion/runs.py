@@ -47,8 +47,7 @@ def take_up(folder, resume, resume_checkpoint):
         resume_checkpoint = held
     elif resume_checkpoint:
         _refuse_damaged(resume_checkpoint)
-    if is_own(folder, resume_checkpoint):
-        logger.rewind(folder, step(resume_checkpoint))
+    logger.rewind(folder, step(resume_checkpoint))  # a run that died before its first save left rows as well
     _locks.append(lock)
     return resume_checkpoint, said
 

@@ -73,11 +73,11 @@ def assert_same_run(whole, folder, rtol=1e-5):
                 assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-4 if key == "grad_norm" else rtol)
     expected, found = (th.cat([value.flatten() for value in checkpoint.load(each / "model000020.pt").values()])
                        for each in (whole, folder))  # fmt: skip
-    # AdamW divides by the root of the second moment: where a gradient is rounding noise, as that of a bias before a
-    # norm, so is the step, of the full size of the rate. These weights change nothing of what the network computes.
+    # AdamW divides by the root of the second moment plus 1e-8: where a gradient is rounding noise below that, as that
+    # of a bias before a norm, so is the step, of the size of the rate. Such weights change nothing of the outputs.
     moments = checkpoint.load(whole / "opt000020.pt")["state"].values()
-    felt = th.cat([(each["exp_avg_sq"].sqrt() > 1e-6).flatten() for each in moments])
-    assert felt.float().mean() > 0.5
+    felt = th.cat([(each["exp_avg_sq"].sqrt() > 1e-8).flatten() for each in moments])
+    assert felt.float().mean() > 0.8
     assert ((found - expected)[felt].norm() / expected[felt].norm()).item() < rtol
 
 
