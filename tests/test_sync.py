@@ -4,8 +4,11 @@ so that whatever would wait for a GPU raises there, and copies to it that would 
 (benchmarks/gpu_checks.py asks a real GPU.)
 """
 
+import importlib.util
 import itertools
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -114,3 +117,24 @@ def test_no_step_of_a_guided_walk_waits(name):
     with Copies() as copies:
         assert len(list(itertools.islice(steps, 3))) == 3
     assert copies.waiting == []
+
+
+def test_the_gpu_checks_run_on_a_cpu(tmp_path, capsys):
+    path = Path(__file__).parent.parent / "benchmarks" / "gpu_checks.py"
+    spec = importlib.util.spec_from_file_location("gpu_checks", path)
+    checks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checks)
+    words = "--steps 6 --log_interval 2 --batch_size 2 --image_size 8 --num_channels 32 --walk 4 --device cpu --out"
+    assert checks.main([*words.split(), str(tmp_path / "results.json")]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result == json.loads(capsys.readouterr().out) and result["problems"] == []
+    assert result["machine"]["gpu"] is None and result["options"]["device"] == "cpu"
+    for told in result["training"].values():
+        assert [row["step"] for row in told["losses"]] == [2, 4, 6]
+        assert told["no_step_waits"] is None and told["skipped_steps"] == 0
+    assert result["training"]["float16"]["lg_loss_scale"] == pytest.approx(20.006)  # 0.001 a step
+    assert all(told["finite"] for told in result["walks"].values()) and len(result["walks"]) == 4
+    result["training"]["float16"]["losses"][-1]["loss"] *= 2
+    result["walks"]["ddpm"] = checks.checked("no_step_waits", th.device("cpu"), lambda: th.zeros(1, device=META).item())
+    found = "\n".join(checks.problems(result))
+    assert "float16: the loss ended at" in found and "ddpm: a step waited for the device (failed: Tensor.item" in found
