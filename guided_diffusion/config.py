@@ -221,6 +221,12 @@ class _Training:
     val_data_dir: str = option("", "folder or file of held-out images for validation; empty: none")
     eval_interval: int = option(100, "updates between two validations")
     grad_clip: float = option(0.0, "largest norm of the gradient, scaled down to it if larger; 0: no limit")
+    sharding: str = option(
+        "none",
+        "none: each process holds the whole network; fsdp: each holds a part of it, for networks too large for one"
+        " device (not with float16)",
+        ("none", "fsdp"),
+    )
     max_bad_steps: int = option(100, "stop after this many updates in a row whose loss or gradient is not finite")
     num_workers: int = option(1, "processes that load images; 0: the training process itself")
     random_flip: bool = option(True, "mirror half of the training images")

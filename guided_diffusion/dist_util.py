@@ -4,14 +4,22 @@ Ranks, devices and the few collectives that the project needs; each of them is a
 Who launched this process is read from the environment, in the order of `LAUNCHERS`. A single process makes no process
 group, so it needs neither MPI nor a network. Ranks find each other through MASTER_ADDR and MASTER_PORT where these are
 exported; else, on one node, through a file in the temporary folder; else, under MPI on several nodes, through mpi4py.
+
+Waiting ends: for ranks that do not arrive after GD_ARRIVAL_MINUTES (5), for one that is stuck after GD_TIMEOUT_MINUTES
+(60: one rank may write files or evaluate meanwhile). A rank that dies closes its connections, which gloo sees at once;
+NCCL waits for as long as for one that is stuck.
 """
 
 import contextlib
 import importlib
+import math
 import os
 import re
 import socket
 import tempfile
+import threading
+import time
+from concurrent import futures
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +36,6 @@ LAUNCHERS = {
     # Counts of the job step, not of the job: a batch script outside srun is one process, whatever it has reserved.
     "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
-ARRIVAL_TIMEOUT = timedelta(minutes=5)  # all ranks have started
-# One rank may write files or evaluate while the others wait for it. A rank that dies closes its connections, which
-# gloo sees at once; NCCL waits for this long.
-COLLECTIVE_TIMEOUT = timedelta(minutes=float(os.environ.get("GD_TIMEOUT_MINUTES", 60)))
 
 _device = None
 
@@ -47,18 +51,33 @@ class Place(NamedTuple):
 
 
 def resolve(env):
-    """The `Place` that the environment `env` (a mapping of str to str) describes."""
+    """
+    The `Place` that the environment `env` (a mapping of str to str) describes.
+
+    :raises ValueError: if the variables are no numbers, or no rank of so many.
+    """
     for launcher, (rank, size, local_rank, local_size) in LAUNCHERS.items():
         if rank in env and size in env:
-            on_this_node = re.match(r"\d*", env.get(local_size, ""))[0] or env[size]  # SLURM writes "4(x2)", "4,3"
-            return Place(
-                rank=int(env[rank]),
-                size=int(env[size]),
-                local_rank=int(env.get(local_rank, env.get("SLURM_LOCALID", env[rank]))),
-                one_node=int(on_this_node) == int(env[size]),
-                launcher=launcher,
-            )
+            told = f"{rank} is {env[rank]!r} and {size} is {env[size]!r}"
+            try:
+                number, count = int(env[rank]), int(env[size])
+                on_its_node = int(env.get(local_rank, env.get("SLURM_LOCALID", number)))
+            except ValueError:
+                raise ValueError(f"{told}: these, and {local_rank}, must be whole numbers") from None
+            if not 0 <= number < count:
+                raise ValueError(f"{told}: the ranks of so many processes are 0 to {count - 1}, each once")
+            on_this_node = re.match(r"\d*", env.get(local_size, ""))[0] or count  # SLURM writes "4(x2)", "4,3"
+            return Place(number, count, on_its_node, int(on_this_node) == count, launcher)
     return Place()
+
+
+def _minutes(name, default):
+    """A time-out that the environment may set, as a timedelta. Raises ValueError for what is no time."""
+    with contextlib.suppress(ValueError):
+        minutes = float(os.environ.get(name) or default)
+        if 0 < minutes < math.inf:
+            return timedelta(minutes=minutes)
+    raise ValueError(f"{name} is a number of minutes above 0, as {default}, not {os.environ[name]!r}")
 
 
 def setup_dist(device=None):
@@ -68,9 +87,10 @@ def setup_dist(device=None):
     :param device: "cpu", "cuda", "cuda:1", "mps", or None: a GPU if there is one, else the CPU. Rank k of a node takes
         visible GPU k modulo their number; CUDA_VISIBLE_DEVICES is never written.
     :raises ValueError: the device is not there, or the ranks have no way to meet.
+    :raises ConnectionError: they have one and did not meet.
     """
     global _device
-    place = resolve(os.environ)
+    place, timeout = resolve(os.environ), _minutes("GD_TIMEOUT_MINUTES", 60)
     _device = _choose_device(device, place)
     if _device.type == "cuda":
         torch.cuda.set_device(_device)
@@ -80,9 +100,14 @@ def setup_dist(device=None):
     # abort the exit of Python: torch imports it for DistributedDataParallel, which is too late.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if _device.type == "cuda" and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(
-        backend, **_rendezvous(place), rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT
-    )
+    store = _meet(place)
+    try:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"the {place.size} ranks met but cannot connect ({_first_line(error)}): export GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME, the network interface that reaches the others, as `ip addr` names it"
+        ) from error
 
 
 def dev():
@@ -197,36 +222,117 @@ def _choose_device(name, place):
     return torch.device(f"cuda:{place.local_rank % gpus}" if name == "cuda" else name)
 
 
-def _rendezvous(place):
-    """Keywords for init_process_group by which the ranks of `place` find each other."""
+def _meet(place):
+    """
+    The store through which the ranks of `place` exchange their addresses, once all of them have come to it.
+
+    :raises ConnectionError: if they have not within GD_ARRIVAL_MINUTES.
+    """
+    patience = _minutes("GD_ARRIVAL_MINUTES", 5)
+    store, where, advice = _open_store(place, patience)
+    names = [f"rank {other}" for other in range(place.size)]
+    until, pause = time.monotonic() + patience.total_seconds(), 0.01
+    try:
+        store.set(names[place.rank], "is here")
+        while not store.check(names) and time.monotonic() < until:
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        absent = [name for name in names if not store.check([name])]
+    except RuntimeError:  # whoever serves the store has gone
+        absent = ["rank 0"]
+    if absent:
+        raise ConnectionError(
+            f"rank {place.rank} waited up to {patience} for {place.size} ranks to meet at {where}, without"
+            f" {', '.join(absent)}: see whether all were started and what they say; {advice}"
+        )
+    return store
+
+
+def _open_store(place, patience):
+    """(store, words for where it is, what to do if nobody comes there)."""
     if "MASTER_ADDR" in os.environ:
-        os.environ.setdefault("MASTER_PORT", "29500")
-        return {"init_method": "env://"}
+        return _tcp_store(place, patience)
     if place.one_node:
-        return {"store": _file_store(place)}
+        return _file_store(place)
     store = None if place.launcher in ("torchrun", "SLURM") else _mpi_store(place)
     if store is None:
         raise ValueError(
             f"{place.size} ranks on several nodes do not know where to meet: export MASTER_ADDR (the host of rank 0) "
             "and MASTER_PORT (a free port there, such as 29500) to all of them, or install mpi4py and use mpiexec"
         )
-    return {"store": store}
+    return store, "rank 0's host", "the nodes must reach each other's ports"
+
+
+def _tcp_store(place, patience):
+    """The store at MASTER_ADDR and MASTER_PORT, served by rank 0, or by torchrun for its ranks."""
+    host, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "29500")
+    where = f"MASTER_ADDR {host}, MASTER_PORT {port}"
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"{where}: a port is a number from 1 to 65535; export one that is free on {host}")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"{where}: no host of that name is known here ({error}); export the name or the number of rank 0's host"
+        ) from None
+    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    how = {"wait_for_workers": False, "multi_tenant": True, "timeout": patience}
+    try:
+        if not serves:
+            _await_server(host, int(port), patience)
+        store = _within(2 * patience, lambda: dist.TCPStore(host, int(port), is_master=serves, **how))
+    except (RuntimeError, OSError, futures.TimeoutError) as error:
+        if "EADDRINUSE" in str(error):
+            told = "another program uses that port: export another MASTER_PORT to all ranks"
+        elif serves:
+            told = "rank 0 cannot be reached there; is it the address of the machine that rank 0 runs on?"
+        else:
+            told = f"rank {place.rank} did not find rank 0 there within {patience}; see what that one says"
+        raise ConnectionError(f"{where}: {told} ({_first_line(error) or 'no answer'})") from None
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives ranks that it starts anew
+    return dist.PrefixStore(f"start {restart}", store), where, "no other program may use that port"
+
+
+def _await_server(host, port, patience):
+    """Return when somebody listens there. (A store that finds nobody writes pages of warnings.)"""
+    until = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=patience.total_seconds()).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
+def _within(patience, function):
+    """
+    What `function()` returns. Raises futures.TimeoutError if that takes longer, as a store does for ever if another
+    program that says nothing has its port; what was begun then ends with the process.
+    """
+    future = futures.Future()
+
+    def work():
+        try:
+            future.set_result(function())
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(patience.total_seconds())
 
 
 def _file_store(place):
     folder = Path(tempfile.gettempdir()) / f"guided-diffusion-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / re.sub(r"\W", "-", _launch_name(os.environ, place.launcher))
-    store = dist.FileStore(str(path), place.size)
-    store.set(f"rank {place.rank}", "is here")
-    try:
-        store.wait([f"rank {other}" for other in range(place.size)], ARRIVAL_TIMEOUT)
-    except RuntimeError:
-        raise ValueError(
-            f"the {place.size} ranks did not meet at {path} within {ARRIVAL_TIMEOUT}; "
-            "export MASTER_ADDR=localhost and MASTER_PORT (a free port) to all of them"
-        ) from None
-    return store
+    advice = "on several nodes, export MASTER_ADDR (the host of rank 0) and MASTER_PORT (a free port) to all of them"
+    return dist.FileStore(str(path), place.size), path, advice
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0][:200]
 
 
 def _launch_name(env, launcher):
@@ -256,7 +362,7 @@ def _mpi_store(place):
 
         mpi4py.rc.initialize = False
         from mpi4py import MPI
-    except ImportError:
+    except (ImportError, RuntimeError):  # not installed, or without a library of MPI
         return None
     if ("Open MPI" in MPI.Get_library_version()) != (place.launcher == "Open MPI"):
         return None  # built for another MPI than the one that launched us: MPI.Init would abort

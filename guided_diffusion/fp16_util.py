@@ -7,6 +7,7 @@ reads when it writes a row of its log.
 
 import torch as th
 
+from . import sharding
 from .nn import convert_module_to_f16 as convert_module_to_f16  # the original's place
 from .nn import convert_module_to_f32 as convert_module_to_f32
 
@@ -16,9 +17,10 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 class MixedPrecisionTrainer:
     """
     Owns the weights that the optimizer sees, `master_params`: the model's own, except that those in half precision
-    have float32 copies. There is one for each of the model's parameters, so optimizer files fit both precisions.
+    have float32 copies, and of a sharded model they are this process's parts. There is one for each of the model's
+    parameters, so optimizer files fit all of these.
 
-    :param model: with `convert_to_fp16()` if use_fp16.
+    :param model: with `convert_to_fp16()` if use_fp16, which a sharded one cannot have.
     :param fp16_scale_growth: what each good step adds to log2 of the loss scale.
     :param initial_lg_loss_scale: log2 of the first loss scale.
     :param grad_clip: the largest gradient norm; larger gradients are scaled down to it. 0: no limit.
@@ -33,7 +35,7 @@ class MixedPrecisionTrainer:
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         grad_clip=0.0,
     ):
-        self.model = model
+        self.model, self.sharded = model, sharding.is_sharded(model)
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.grad_clip = grad_clip
@@ -46,7 +48,9 @@ class MixedPrecisionTrainer:
             p if p.dtype == th.float32 else th.nn.Parameter(masters[name])
             for name, p in zip(self.names, self.model_params)
         ]
-        self._halves = [(p, m) for p, m in zip(self.model_params, self.master_params) if p is not m]
+        if self.sharded:
+            self.master_params = [th.nn.Parameter(sharding.local(p)) for p in self.model_params]
+        self._copies = [(p, m) for p, m in zip(self.model_params, self.master_params) if p is not m]
         device = self.model_params[0].device
         precise = th.float32 if device.type == "mps" else th.float64
         self._lg_loss_scale = th.tensor(initial_lg_loss_scale if use_fp16 else 0.0, dtype=precise, device=device)
@@ -90,18 +94,18 @@ class MixedPrecisionTrainer:
 
         :return: (whether the step was taken, norm of the gradient before clipping): tensors of no axes, on the device.
         """
-        for p, master in self._halves:
-            master.grad = None if p.grad is None else p.grad.float()
+        for p, master in self._copies:
+            master.grad = None if p.grad is None else sharding.local(p.grad).float()
         grads = [m.grad for m in self.master_params if m.grad is not None]
-        norm = global_norm(grads)
+        norm = self.norm(grads)
         if self.use_fp16:
             norm = norm / 2**self._lg_loss_scale
         good = norm.isfinite()
         self._scale(grads, norm)
         _step(opt, good)
-        if self._halves:
+        if self._copies and not self.sharded:  # parts of a sharded model lie in its own memory
             with th.no_grad():
-                th._foreach_copy_([p for p, _ in self._halves], [m for _, m in self._halves])
+                th._foreach_copy_(*zip(*self._copies))
         self._count(good)
         return good, norm
 
@@ -119,18 +123,36 @@ class MixedPrecisionTrainer:
             grown, shrunk = self._lg_loss_scale + self.fp16_scale_growth, (self._lg_loss_scale - 1).clamp(min=0)
             self._lg_loss_scale.copy_(th.where(good, grown, shrunk))
 
+    def norm(self, tensors):
+        """L2 norm over tensors like the master weights, of all processes where these hold parts; on the device."""
+        norm = global_norm(tensors)
+        return sharding.total_norm(norm) if self.sharded else norm
+
     def param_norm(self):
         """L2 norm of all weights: one host synchronization."""
-        return global_norm(self.master_params).item()
+        return self.norm(self.master_params).item()
 
     def master_params_to_state_dict(self, master_params):
-        """A float32 state dict of the model in which `master_params` stand for its parameters (EMA weights do too)."""
+        """
+        A float32 state dict of the model in which `master_params` stand for its parameters (EMA weights do too). Of a
+        sharded model it is whole on rank 0; collective then, as the three below are.
+        """
         state = {name: value.float() for name, value in self.model.state_dict().items()}
-        return {**state, **{name: p.detach() for name, p in zip(self.names, master_params)}}
+        named = zip(self.names, master_params, self.model_params)
+        return {**state, **{name: sharding.whole(m.detach(), p) for name, m, p in named}}
 
     def state_dict_to_master_params(self, state_dict):
         """The inverse: a list of parameters in the order of `master_params`."""
-        return [th.nn.Parameter(state_dict[name].to(m)) for name, m in zip(self.names, self.master_params)]
+        named = zip(self.names, self.master_params, self.model_params)
+        return [th.nn.Parameter(sharding.part_of(state_dict[name], p).to(m)) for name, m, p in named]
+
+    def optimizer_to_state_dict(self, opt):
+        """The state of an optimizer of the master weights, one entry a parameter, as it is without sharding."""
+        return sharding.moments(sharding.whole, opt.state_dict(), self.model_params)
+
+    def load_optimizer(self, opt, state_dict):
+        """The inverse. Raises ValueError or KeyError if it does not fit."""
+        opt.load_state_dict(sharding.moments(sharding.part_of, state_dict, self.model_params))
 
 
 @th.no_grad()

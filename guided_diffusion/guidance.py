@@ -320,5 +320,6 @@ def dropped(cond, rng, null, rate):
     :param rng: numpy generator that decides; on the host, so that every device drops the same.
     """
     first = next(iter(cond.values()))
-    where = th.from_numpy(rng.random(len(first)) < rate).to(first.device)     # [N]
+    where = th.from_numpy(rng.random(len(first)) < rate)
+    where = where.to(first.device, non_blocking=True)                         # [N]
     return nulled(cond, null, where)

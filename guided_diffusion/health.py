@@ -7,6 +7,8 @@ import time
 
 import torch as th
 
+from .sharding import local
+
 # What one process tells the others before a step; the largest counts.
 SIGNALLED, TIME_IS_UP, FAILED = 1, 2, 3
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, there is more to do
@@ -91,14 +93,12 @@ def evaluating(net):
 def first_not_finite(task, x0, cond, t, noise):
     """
     In words, what is the first in the walk of a batch that is not finite: the data, a weight, the output of a layer,
-    or, backwards, the gradient of a weight.
+    or, backwards, the gradient of a weight. Leaves gradients behind. All processes walk to the end, whatever each
+    has found, as a sharded network needs.
     """
-    net, found = task.net, []
-    if not x0.isfinite().all():
-        return "the data"
-    for name, param in net.named_parameters():
-        if not param.isfinite().all():
-            return f"the weight {name}"
+    net, found = task.net, [] if x0.isfinite().all() else ["the data"]
+    found += [f"the weight {name}" for name, p in net.named_parameters() if not local(p).isfinite().all()]
+    net.zero_grad()
 
     def look(name):
         def hook(module, inputs, output):
@@ -114,11 +114,9 @@ def first_not_finite(task, x0, cond, t, noise):
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
     if not loss.isfinite():
-        return "the loss"
-    params = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    grads = th.autograd.grad(loss, [p for _, p in params], allow_unused=True)
-    bad = [name for (name, _), g in zip(params, grads) if g is not None and not g.isfinite().all()]
-    return f"the gradient of {bad[-1]}" if bad else "nothing in single steps: the loss scale or the sum over the batch"
+        found.append("the loss")
+    loss.backward()
+    grads = [(name, p.grad) for name, p in net.named_parameters() if p.grad is not None]
+    found += [f"the gradient of {name}" for name, grad in reversed(grads) if not local(grad).isfinite().all()]
+    return (found or ["nothing in single steps: the loss scale or the sum over the batch"])[0]

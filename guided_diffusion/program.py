@@ -201,7 +201,7 @@ def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed lr_schedule lr_warmup eval_interval keep_last keep_every keep_best"
-    names += " background_save max_minutes"
+    names += " background_save max_minutes sharding"
     options = {name: getattr(args, name) for name in names.split()}
     options |= {"progress": True, "flags": flags, "folder": args.checkpoint_dir or None}
     if args.microbatch == -1:

@@ -180,7 +180,7 @@ class SeededNoise:
     def normal(self, *shape):
         """[N, *shape]; drawn on the host, so that every device sees the same noise."""
         draws = np.stack([g.standard_normal(shape, dtype=np.float32) for g in self.generators])
-        return th.from_numpy(draws).to(self.device)
+        return th.from_numpy(draws).to(self.device, non_blocking=True)
 
     def integers(self, high):
         """[N] int64 in 0..high-1."""
@@ -228,7 +228,7 @@ class BrownianNoise:
     def _normal(self, index, number, path, like):
         # The place of a row is never 0: trailing zeros do not change a seed, and SeededNoise's are (seed, index).
         draw = _generator(self.seed, index, number + 1, path).standard_normal(like.shape[1:], dtype=np.float32)
-        return th.from_numpy(np.asarray(draw)).to(self.device, like.dtype)
+        return th.from_numpy(np.asarray(draw)).to(self.device, like.dtype, non_blocking=True)
 
     def _find(self, snr):
         row = int(np.abs(self.snr - snr).argmin())

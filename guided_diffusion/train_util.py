@@ -14,6 +14,7 @@ from . import checkpoint, dist_util, ema, health, logger, saves
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename  # the original's place
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm, make_adamw
 from .nn import update_ema
+from .sharding import shard
 from .tally import Tally, merged
 from .tasks import ClassifierTask as ClassifierTask
 from .tasks import DiffusionTask as DiffusionTask
@@ -51,6 +52,7 @@ class Trainer:
     :param background_save: write checkpoints beside the next steps.
     :param seed: of everything random.
     :param progress: show a progress bar.
+    :param sharding: "none": each of several processes holds the whole network; "fsdp": a part of it, see `sharding`.
     :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
         `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
     :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
@@ -89,6 +91,7 @@ class Trainer:
         background_save=True,
         seed=0,
         progress=False,
+        sharding="none",
         drop=None,
         flags=None,
         folder=None,
@@ -97,6 +100,8 @@ class Trainer:
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, not {value}")
+        if sharding not in ("none", "fsdp") or (sharding == "fsdp" and use_fp16):
+            raise ValueError(f"sharding is none, or, without use_fp16, fsdp; not {sharding} with use_fp16 {use_fp16}")
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
         self.task, self.data = task, data
@@ -120,6 +125,8 @@ class Trainer:
         if resume_checkpoint:
             self._load_weights(resume_checkpoint, flags or {})
         dist_util.sync_params(task.net.parameters())
+        if sharding == "fsdp" and dist_util.world_size() > 1:
+            shard(task.net)
         self.mp_trainer = MixedPrecisionTrainer(
             model=task.net,
             use_fp16=use_fp16,
@@ -139,9 +146,8 @@ class Trainer:
         self._val_losses = []
         self._seconds = time.monotonic()
 
-    @staticmethod
-    def _parallel(net):
-        if dist_util.world_size() == 1:
+    def _parallel(self, net):
+        if dist_util.world_size() == 1 or self.mp_trainer.sharded:
             return net
         device = next(net.parameters()).device
         return DistributedDataParallel(
@@ -249,18 +255,26 @@ class Trainer:
         for start in starts:
             part = slice(start, start + self.microbatch)
             last = start == starts[-1]
-            wait = contextlib.nullcontext() if last or self.net is self.task.net else self.net.no_sync()
-            with wait:
+            with self._synchronizing(last):
                 terms = self.task.loss(self.net, x0[part], _part(cond, part), t[part], noise[part])
                 losses.append(terms["loss"].detach())
                 weighted = {name: value * weights[part] for name, value in terms.items()}
                 self.tally.add_terms(weighted, t[part], self.task.prefix)
                 self.mp_trainer.backward(weighted["loss"].sum() / len(x0))
-            if start == 0 and not last:
+            if start == 0 and not last and self._tells_noise_scale:
                 self._first_norm = self._gradient_norm()
-        self._note_noise_scale(len(starts), len(x0))
+        if len(starts) > 1 and self._tells_noise_scale:
+            self._note_noise_scale(len(x0))
         if hasattr(self.task, "learn"):
             self.task.learn(t, th.cat(losses))
+
+    @contextlib.contextmanager
+    def _synchronizing(self, last):
+        """Gradients are exchanged between processes after the last microbatch only."""
+        if self.mp_trainer.sharded:
+            self.net.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or self.net is self.task.net else self.net.no_sync():
+            yield
 
     def _draws(self, family, x0, cond):
         """
@@ -281,13 +295,15 @@ class Trainer:
     def _gradient_norm(self):
         return global_norm([p.grad for p in self.mp_trainer.model_params if p.grad is not None])
 
-    def _note_noise_scale(self, parts, n):
+    @property
+    def _tells_noise_scale(self):
+        return dist_util.world_size() == 1 and not self.mp_trainer.use_fp16
+
+    def _note_noise_scale(self, n):
         """
         The two unbiased estimates behind the gradient noise scale tr(S) / |G|^2 (McCandlish et al. 2018, arXiv
         1812.06162, appendix A.1), from the norms of the first microbatch's gradient and of the whole one.
         """
-        if parts == 1 or dist_util.world_size() > 1 or self.mp_trainer.use_fp16:
-            return
         small = (self._first_norm * n / self.microbatch).square()
         big = self._gradient_norm().square()
         b = self.microbatch
@@ -326,7 +342,7 @@ class Trainer:
         self._seconds = now
         for average, params in zip(self.averages, self.ema_params):
             gaps = th._foreach_sub(params, self.mp_trainer.master_params)
-            row[f"ema_distance_{average.name}"] = global_norm(gaps).item() / row["param_norm"]
+            row[f"ema_distance_{average.name}"] = self.mp_trainer.norm(gaps).item() / row["param_norm"]
         if self.mp_trainer.skipped:
             row["skipped_steps"] = self.mp_trainer.skipped
         for name, value in row.items():
@@ -370,8 +386,9 @@ class Trainer:
             if (mean := sum(losses) / len(losses)) < self.best["val_loss"]:
                 self.best = {"step": self.step, "val_loss": mean}
         self._val_losses = []
+        files = self._files(tallies) if dist_util.is_main() or self.mp_trainer.sharded else None
         if dist_util.is_main():
-            self.saver.submit(self.step, self._files(tallies), self.best and self.best["step"])
+            self.saver.submit(self.step, files, self.best and self.best["step"])
         self.saved_at = self.step
 
     def _files(self, tallies):
@@ -379,7 +396,7 @@ class Trainer:
         as_state = self.mp_trainer.master_params_to_state_dict
         files = {checkpoint.ema_name(average.name, self.step): as_state(params)
                  for average, params in zip(self.averages, self.ema_params)}  # fmt: skip
-        files[checkpoint.opt_name(self.step)] = self.opt.state_dict()
+        files[checkpoint.opt_name(self.step)] = self.mp_trainer.optimizer_to_state_dict(self.opt)
         sampler = getattr(self.task, "schedule_sampler", None)
         files[saves.state_name(self.step)] = {
             "format": STATE_FORMAT,
@@ -411,7 +428,7 @@ class Trainer:
         state = self._companion(os.path.join(folder, checkpoint.opt_name(self.step)))
         if state is not None:
             try:
-                self.opt.load_state_dict(state)
+                self.mp_trainer.load_optimizer(self.opt, state)
             except (ValueError, KeyError) as error:
                 raise ValueError(
                     f"the optimizer state beside {path} does not fit this network ({error}); move "

@@ -63,7 +63,7 @@ MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
     "label_from": "auto", "resume": "auto", "force": False, "lr_schedule": "linear", "lr_warmup": 0, "keep_last": 0,
     "keep_every": 0, "keep_best": False, "background_save": True, "max_minutes": 0.0, "beta2": 0.999,
-    "checkpoint_dir": "",
+    "checkpoint_dir": "", "sharding": "none",
 }
 MORE_AVERAGES = {
     "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",

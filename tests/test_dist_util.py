@@ -1,16 +1,20 @@
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_programs import NET, stranger
 
 from guided_diffusion import dist_util
 from guided_diffusion.dist_util import Place, resolve
 
+OPENMPI = os.environ.get("GD_OPENMPI_MPIEXEC")  # an mpiexec of Open MPI, beside which another may be installed
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 PMI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
@@ -19,7 +23,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
 @pytest.fixture(autouse=True)
 def single_process(monkeypatch):
     for variables in dist_util.LAUNCHERS.values():
-        for name in (*variables, "MASTER_ADDR", "MASTER_PORT"):
+        for name in (*variables, "MASTER_ADDR", "MASTER_PORT", "GD_ARRIVAL_MINUTES", "GD_TIMEOUT_MINUTES"):
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dist_util, "_device", None)
 
@@ -88,13 +92,140 @@ def test_several_nodes_need_an_address(monkeypatch):
         dist_util.setup_dist("cpu")
 
 
+def test_an_mpi4py_without_mpi_is_none(monkeypatch, tmp_path):
+    for name, value in {**PMI, "MPI_LOCALNRANKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for error in ("ImportError", "RuntimeError('cannot load MPI library')"):
+        (tmp_path / "mpi4py").mkdir(exist_ok=True)
+        (tmp_path / "mpi4py/__init__.py").write_text("class rc: pass\n")
+        (tmp_path / "mpi4py/MPI.py").write_text(f"raise {error}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in ("mpi4py", "mpi4py.MPI"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        with pytest.raises(ValueError, match=r"2 ranks on several nodes .*export MASTER_ADDR"):
+            dist_util.setup_dist("cpu")
+    sys.modules.pop("mpi4py", None)
+
+
 def test_ranks_that_do_not_come_end_the_waiting(monkeypatch, tmp_path):
     monkeypatch.setattr(dist_util.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(dist_util, "ARRIVAL_TIMEOUT", dist_util.timedelta(seconds=0.2))
-    for name, value in PMI.items():
+    for name, value in {**PMI, "GD_ARRIVAL_MINUTES": "0.005"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"the 2 ranks did not meet at .* within 0:00:00.2.*; export MASTER_ADDR"):
+    told = rf"rank 1 waited up to 0:00:00.3\d* for 2 ranks to meet at {tmp_path}.*, without rank 0: see .* MASTER_ADDR"
+    with pytest.raises(ConnectionError, match=told):
         dist_util.setup_dist("cpu")
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """Addresses as torchrun sets them: `address(rank, port)`, of two ranks that are waited for 0.3 seconds."""
+
+    def exported(rank, port, host="127.0.0.1"):
+        told = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": host, "MASTER_PORT": port}
+        for name, value in {**told, "GD_ARRIVAL_MINUTES": 0.005}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return exported
+
+
+def free_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+def said(kind=ConnectionError):
+    """What `setup_dist` says when it fails, which is one line."""
+    with pytest.raises(kind) as raised:
+        dist_util.setup_dist("cpu")
+    assert not torch.distributed.is_initialized() and "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("rank", "told"), [
+    (0, r"waited up to 0:00:00.3\d* for 2 ranks to meet at MASTER_ADDR 127.0.0.1, MASTER_PORT \d+, without rank 1:"),
+    (1, r"MASTER_PORT \d+: rank 1 did not find rank 0 there within 0:00:00.3\d*; see what that one says"),
+])  # fmt: skip
+def test_a_rank_alone_at_its_address_leaves(rank, told, address):
+    address(rank, free_port())
+    assert re.search(told, said())
+
+
+@pytest.mark.parametrize(("rank", "told"), [
+    (0, "another program uses that port: export another MASTER_PORT to all ranks"),
+    (1, r"rank 1 did not find rank 0 there within 0:00:00.3\d*; see what that one says \(no answer\)"),
+])  # fmt: skip
+def test_a_port_in_use(rank, told, address):
+    """By a program that listens and says nothing."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address(rank, other.getsockname()[1])
+        assert re.search(told, said())
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "", "a" * 70])
+def test_a_host_that_nobody_knows(host, address):
+    address(1, 29500, host)
+    assert re.search(f"MASTER_ADDR {host}, MASTER_PORT 29500: no host of that name is known here", said(ValueError))
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", ""])
+def test_a_port_that_is_none(port, address):
+    address(1, port)
+    assert f"MASTER_PORT {port}: a port is a number from 1 to 65535" in said(ValueError)
+
+
+@pytest.mark.parametrize("name", ["GD_ARRIVAL_MINUTES", "GD_TIMEOUT_MINUTES"])
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "inf", "nan"])
+def test_times_that_are_none(name, value, address, monkeypatch):
+    address(0, free_port())
+    monkeypatch.setenv(name, value)
+    assert re.match(rf"{name} is a number of minutes above 0, as \d+, not '{value}'", said(ValueError))
+
+
+@pytest.mark.parametrize(("env", "told"), [
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2' and WORLD_SIZE is '2': the ranks of so many processes are 0 to 1"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1' and WORLD_SIZE is '2': the ranks"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is '0' and WORLD_SIZE is '0': the ranks"),
+    ({"PMI_RANK": "one", "PMI_SIZE": "2"}, "PMI_RANK is 'one' and PMI_SIZE is '2': these, and MPI_LOCALRANKID"),
+    ({**PMI, "MPI_LOCALRANKID": ""}, "PMI_RANK is '1' .*, and MPI_LOCALRANKID, must be whole numbers"),
+])  # fmt: skip
+def test_ranks_that_are_none(env, told):
+    with pytest.raises(ValueError, match=told):
+        resolve(env)
+
+
+STUCK = """
+import time
+from guided_diffusion import dist_util, program
+
+def main():
+    dist_util.setup_dist("cpu")
+    dist_util.barrier()
+    if dist_util.rank() == 1:
+        time.sleep(100)
+    dist_util.largest(0)
+
+program.run(main)
+"""
+
+
+def test_a_rank_that_is_stuck_ends_the_others(tmp_path):
+    (tmp_path / "worker.py").write_text(STUCK)
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                        "GD_TIMEOUT_MINUTES": "0.05"}  # fmt: skip
+    ranks = [subprocess.Popen([sys.executable, "worker.py"], cwd=tmp_path, text=True, stderr=subprocess.PIPE,
+                              env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]  # fmt: skip
+    try:
+        _, err = ranks[0].communicate(timeout=60)
+        assert ranks[0].returncode == 2 and err.count("\n") == 1
+        assert err.startswith("error: rank 0 lost another process of this run, which has died or is stuck")
+        assert ranks[1].poll() is None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 # -------------------------------------------------------------------------------------------------------- one process
@@ -188,3 +319,20 @@ class TestMpiexec:
         pytest.importorskip("mpi4py")
         as_if_on_two_nodes = ["env", "MPI_LOCALNRANKS=1", "OMPI_COMM_WORLD_LOCAL_SIZE=1"]
         assert run_two(tmp_path, MPIEXEC, "-n", "2", *as_if_on_two_nodes, sys.executable, "worker.py") == []
+
+
+@pytest.mark.skipif(not OPENMPI, reason="needs GD_OPENMPI_MPIEXEC, the path of an Open MPI mpiexec")
+class TestOpenMpi:
+    LAUNCHER = ("env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", OPENMPI, "-n", "2")
+
+    def test_two_processes(self, tmp_path):
+        (meeting,) = run_two(tmp_path, *self.LAUNCHER, sys.executable, "worker.py")
+        assert os.listdir(meeting) == []
+
+    def test_training(self, tmp_path):
+        stranger("datasets/digits.py", "digits", tmp_path)
+        words = f"--data_dir digits/train {NET} --batch_size 4 --iterations 3 --num_workers 0 --log_dir run"
+        stranger("scripts/image_train.py", words, tmp_path, self.LAUNCHER)
+        (start,) = json.loads((tmp_path / "run/run.json").read_text())["starts"]
+        assert (start["launcher"], start["ranks"]) == ("Open MPI", 2)
+        assert (tmp_path / "run/model000003.pt").exists()

@@ -30,6 +30,7 @@ MACHINERY = [
     "diffunet",
     "checkpoint",
     "dist_util",
+    "sharding",
     "logger saves ema health memory",
     "fp16_util generate tally tasks runs",
     "train_util script_util",
