@@ -22,20 +22,22 @@ def main():
     predict = process.predictor(model, clip_denoised=False)  # what is clipped cannot be undone
 
     def walked(walk, x, y):
+        told = program.conditions_of(args, flags, y, len(x))
+
         def batch(part):
-            cond = {} if y is None else {"y": y[part.start : part.stop]}
+            cond = {name: value[part.start : part.stop] for name, value in told.items()}
             return walk(process, predict, rule=rule, cond=cond, x=x[part.start : part.stop])
 
         return generate.through(batch, len(x), args.batch_size, process.num_timesteps)
 
     if args.latents:
         latents, y = read_latents(args, flags, device)
-        return save(folder, walked(sampling.sample, latents, y), y)
+        return save(args, folder, walked(sampling.sample, latents, y), y)
     images, y = program.open_images(args, flags, flags["class_cond"])
     latents = walked(up, images, y)
     logger.log(f"latents: {generate.save_arrays(folder, 'latents', latents, y)}")
     back = walked(sampling.sample, latents, y)
-    save(folder, back, y)
+    save(args, folder, back, y)
     report(folder, args, images, latents, back)
     if args.interpolate:
         shares = np.linspace(0, 1, args.interpolate + 2)
@@ -78,9 +80,9 @@ def read_latents(args, flags, device):
     return th.from_numpy(latents).float().to(device), y
 
 
-def save(folder, x, y):
-    images = pictures.to_uint8(x).cpu().numpy()
-    logger.log(f"images: {generate.save_samples(folder, images, None if y is None else y.cpu().numpy())}")
+def save(args, folder, x, y):
+    images, labels = pictures.to_uint8(x).cpu().numpy(), None if y is None else y.cpu().numpy()
+    logger.log(f"images: {generate.save_samples(folder, images, labels, prompts=args.prompts)}")
 
 
 def report(folder, args, images, latents, back):

@@ -339,6 +339,37 @@ def test_training_that_cannot_be(home, tmp_path, words, pattern):
     refused("image_train", words, pattern)
 
 
+def test_images_that_are_restored_or_inverted_have_prompts_in_turn(home, tmp_path, monkeypatch):
+    seen = []
+    forward = Unet.forward
+    monkeypatch.setattr(Unet, "forward", lambda *args, vector: (seen.append(vector), forward(*args, vector=vector))[1])
+    words = f"--model_path {home}/film/model000004.pt --num_images 3 --steps 4 --batch_size 6"
+    v = th.from_numpy(text.encode("hashing:16", ["a handwritten two", "the digit 0"]))
+    told = f"{words} --data_dir {home}/a.npz --prompts {PROMPTS} --log_dir {tmp_path}"
+    for method in ("dps", "repaint"):
+        done("inpaint", f"{told}/{method} --num_samples 2 --method {method} --batch_size 4")
+        assert {len(each) for each in seen} == {2, 4}
+        assert all(th.equal(each, v[[0, 0, 1, 1]] if len(each) == 4 else v[[0, 0]]) for each in seen)
+        with np.load(tmp_path / method / "samples_6x8x8x1.npz") as archive:
+            two, zero = "a handwritten two", "the digit 0"
+            assert archive["texts"].tolist() == [two, two, zero, zero, two, two]
+        seen.clear()
+    done("invert", f"{told}/there --interpolate 1")
+    assert all(th.equal(each, v[[0, 1, 0]]) for each in seen) and len(seen) >= 5 * 3
+    seen.clear()
+    np.save(tmp_path / "v.npy", v.numpy())
+    done("invert", f"{words} --latents {tmp_path}/there/latents_3x1x8x8.npz --prompt_vectors {tmp_path}/v.npy --log_dir"
+         f" {tmp_path}/back")  # fmt: skip
+    assert all(th.equal(each, v[[0, 1, 0]]) for each in seen)
+    for name in ("inpaint", "invert"):
+        kept = f"--data_dir {home}/a.npz --num_images 2 --steps 3 --log_dir {tmp_path}/no --model_path {home}"
+        refused(name, f"{kept}/sure/model000001.pt", "without --class_dropout, cannot do without: give --prompts")
+        refused(name, f"{kept}/film/model000004.pt --prompts '?'", "holds no word")
+        seen.clear()
+        done(name, f"{kept}/film/model000004.pt")
+        assert seen and not any(each.any() for each in seen)
+
+
 @pytest.mark.parametrize("run, words, pattern", [
     ("film/model000004.pt", "--prompts '?'", r"text '\?' holds no word"),
     ("film/model000004.pt", "--prompts a b --prompt_vectors {home}/three.npy", "3 vectors, and there are 2 --prompts"),
