@@ -60,7 +60,7 @@ def operator_of(args, mask, images):
 
 
 def read_mask(args, noise, images):
-    """[N,1,H,W], 1 where pixels are known."""
+    """[N,1,H,W], 1 where pixels are known. Raises ValueError if an image has none."""
     height, width = images.shape[2:]
     mask, share = images.new_ones(len(images), 1, height, width), config.share_of_mask(args.mask)
     if args.mask == "half":
@@ -72,6 +72,11 @@ def read_mask(args, noise, images):
         mask = (order >= round(share * height * width)).to(images).view_as(mask)
     else:
         mask = mask * pictures.read_mask(args.mask, height, width).to(mask)
+    if not mask.flatten(1).any(1).all():
+        raise ValueError(
+            f"--mask {args.mask} leaves none of the {height * width} pixels known: leave some to restore from, or draw"
+            " images by image_sample.py"
+        )
     return mask
 
 

@@ -192,6 +192,9 @@ def test_vectors_and_texts_that_cannot_be(digits, tmp_path):
     np.savez(tmp_path / "b.npz", images=images, texts=["x"])
     with pytest.raises(ValueError, match="texts must hold 2 texts"):
         write(tmp_path / "b.npz", tmp_path / "a.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cannot read .*cut\.npz as an npz of plain arrays"):
+        write(tmp_path / "cut.npz", tmp_path / "a.npz")
     np.savez(tmp_path / "c.npz", images=images + 2.5, texts=["x", "y"])
     with pytest.raises(ValueError, match=r"images is float64 .* floats from 0 to 1"):
         write(tmp_path / "c.npz", tmp_path / "a.npz")
@@ -329,6 +332,8 @@ def test_labels_and_texts_together_in_the_other_network(home, tmp_path):
     (f"{TRAIN} --data_dir {{home}}/a.npz --channel_mult 1,2,2,2", "images of 8x8 cannot be halved 4 times"),
     (f"{TRAIN} --data_dir {{home}}/a.npz --class_cond True", "film takes no labels"),
     (f"{TRAIN} --data_dir {{home}}/a.npz --beta2 1", "beta2 is a decay"),
+    (f"{TRAIN} --data_dir {{home}}/a.npz --vector_channels -64", "--vector_channels is the width .*, not -64"),
+    (f"{TRAIN} --data_dir {{home}}/a.npz --vector_channels -64 --network adm", "--vector_channels is the width"),
     (f"{TRAIN} --data_dir {{home}}/other.npz --resume_checkpoint {{home}}/film/model000004.pt",
      "trained on vectors made by hashing:16, and those of .* are made by precomputed"),
 ])  # fmt: skip
@@ -375,6 +380,7 @@ def test_images_that_are_restored_or_inverted_have_prompts_in_turn(home, tmp_pat
     ("film/model000004.pt", "--prompts a b --prompt_vectors {home}/three.npy", "3 vectors, and there are 2 --prompts"),
     ("film/model000004.pt", "--prompt_vectors {home}/wide.npy", r"holds vectors \[2, 17\]; the model takes \[P,16\]"),
     ("film/model000004.pt", "--prompt_vectors {home}/none.npy", "No such file"),
+    ("film/model000004.pt", "--prompt_vectors {home}/cut.npz", "cannot read .*cut.npz as an npy file"),
     ("film/model000004.pt", "--classes 1", "the model is unconditional"),
     ("sure/model000001.pt", "", "trained without --class_dropout, cannot do without: give --prompts"),
     ("sure/model000001.pt", "--prompts a --guidance_scale 2", "cannot predict without a condition"),
@@ -384,6 +390,7 @@ def test_images_that_are_restored_or_inverted_have_prompts_in_turn(home, tmp_pat
 def test_prompts_that_cannot_be(home, tmp_path, run, words, pattern):
     np.save(home / "three.npy", np.ones((3, 16)))
     np.save(home / "wide.npy", np.ones((2, 17)))
+    (home / "cut.npz").write_bytes((home / "a.npz").read_bytes()[:1000])
     if not (home / "plain").exists():
         train(home, "plain", "--iterations 1 --vector_channels 0 --class_dropout 0")
         train(home, "told", "--iterations 1")
