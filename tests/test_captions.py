@@ -517,6 +517,11 @@ def test_vectors_of_no_prompt_are_the_null(home):
     assert program.vectors_of(args, flags | {"vector_channels": 0, "class_dropout": 0.0}) is None
 
 
+def archive_images(home):
+    with np.load(home / "a.npz") as archive:
+        return archive["arr_0"].astype(int)
+
+
 def test_the_benchmark_of_prompts(home, tmp_path, monkeypatch):
     done("classifier_train", f"--data_dir {home}/data --noised False --image_size 8 --image_channels 1 --num_classes 3"
          f" --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 --batch_size 12 --lr 1e-3"
@@ -530,6 +535,23 @@ def test_the_benchmark_of_prompts(home, tmp_path, monkeypatch):
     table = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["texts"], row["scale"]) for row in table[::3]] == [("trained", 1), ("held out", 1)] and len(table) == 6
     assert (tmp_path / "out.png").stat().st_size > 1000
+    strips = []
+    monkeypatch.setattr(bench.study, "save_strip", lambda path, frames, **how: strips.append((path, frames, how)))
+    words = f"{' '.join(words.split()[:2])} --captions {home}/a.npz --strips {tmp_path}/strips --steps 12"
+    monkeypatch.setattr("sys.argv", ["captions", *words.split()])
+    bench.main()
+    (noising, noised, _), (sampling, frames, how) = strips
+    assert (noising.name, sampling.name) == ("noising.png", "sampling.png") and len(noised) == len(frames) == 10
+    assert np.abs(noised[0].int().numpy() - archive_images(home)[::5]).mean() < 8  # t = 0; of 24 images every fifth
+    assert frames.shape == (10, 10, 8, 8, 1) and how["column_labels"][::9] == ["1", "12"]
+    assert how["row_labels"][2:4] == ["the handwritten number 2, scale 1", "the handwritten number 2, scale 4"]
+    texts = [name.split(",")[0] for name in how["row_labels"][::2]]
+    for row, scale in enumerate((1, 4)):  # the end of the walk is what the program draws
+        done("image_sample", f"--model_path {home}/film/model000004.pt --num_samples 5 --batch_size 5 --guidance_scale"
+             f" {scale} --timestep_respacing 12 --log_dir {tmp_path}/{scale} --prompts"
+             + "".join(f" '{each}'" for each in texts))  # fmt: skip
+        with np.load(tmp_path / str(scale) / "samples_5x8x8x1.npz") as archive:
+            assert np.abs(archive["arr_0"].astype(int) - frames[-1, row::2]).max() <= 1
     with np.load(home / "a.npz") as archive:
         trained, apart = bench.phrasings(dict(archive)).values()
     assert len(trained[0]) == 24 and ("the digit 2", 2) in zip(*trained) and ("please draw two", 2) in zip(*apart)
