@@ -6,7 +6,7 @@ after the commands of docs/captions.md. For phrasings that were trained on and p
 scales of classifier-free guidance: the share of the samples in which an independent classifier, trained on clean
 digits, sees the digit of the text; and, against obedience, how much of the training data's variety the samples cover
 (recall) and how much they vary within a digit (the spread of the judge's features). Writes results/captions.json and a
-picture.
+picture. With --strips FOLDER it also, or only, draws pictures of the two processes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch as th
 
 from evaluations import metrics
 from evaluations.features import ClassifierExtractor
-from guided_diffusion import config, generate, guidance, pictures, program, text
+from guided_diffusion import config, generate, guidance, pictures, program, study, text
 from guided_diffusion.script_util import open_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,18 +38,21 @@ def phrasings(captions):
 
 def draw(args, encoder, texts, scale, num_samples):
     """uint8 [N,H,W,C]: samples for the texts in turn, by ancestral sampling; scale as in --guidance_scale."""
-    model, diffusion, flags = open_diffusion(args.model_path, {"timestep_respacing": str(args.steps)})
-    null = config.nulls(flags)
-    stream = generate.sample_stream(
-        diffusion,
-        model,
-        shape=(flags["image_channels"], flags["image_size"], flags["image_size"]),
-        num_samples=num_samples,
-        batch_size=args.batch_size,
-        vectors=th.from_numpy(text.encode(encoder, texts)),
-        guide=lambda predict: guidance.classifier_free(predict, null, scale, batched=True) if scale != 1 else predict,
-    )
+    what, how = asked(args, encoder, texts, scale)
+    stream = generate.sample_stream(**what, **how, num_samples=num_samples, batch_size=args.batch_size)
     return generate.collect(stream)[0]
+
+
+def asked(args, encoder, texts, scale):
+    """What to sample from, the model, its process and the shape of its images, and how: vectors and guidance."""
+    model, diffusion, flags = open_diffusion(args.model_path, {"timestep_respacing": str(args.steps)})
+    shape, null = (flags["image_channels"], flags["image_size"], flags["image_size"]), config.nulls(flags)
+
+    def guide(predict):
+        return guidance.classifier_free(predict, null, scale, batched=True) if scale != 1 else predict
+
+    vectors = th.from_numpy(text.encode(encoder, texts))
+    return {"diffusion": diffusion, "model": model, "shape": shape}, {"vectors": vectors, "guide": guide}
 
 
 def score(judge, images, labels, reference):
@@ -73,32 +76,67 @@ def save_picture(samples, columns=12):
     for k in range(5):
         for scale in (min(samples), max(samples)):
             texts, images = samples[scale]
-            place = (6 * k + k % 3) % len(texts)  # another digit and another phrasing each time
+            place = chosen(k, texts)
             rows += list(images[place :: len(texts)][:columns])
             names.append(f"{texts[place]}, scale {scale:g}")
     pictures.save_grid(PICTURE, np.stack(rows), columns, row_labels=names, title="Texts that were held out")
 
 
+def chosen(k, texts):
+    """The place of the k-th text to show: another digit and another phrasing each time."""
+    return (6 * k + k % 3) % len(texts)
+
+
+def save_strips(args, encoder, captions, texts, scales):
+    """
+    Both processes, for five texts: images on their way to noise (noising.png) and, with a row for each text and for the
+    least and the greatest scale, from the same noise to images (sampling.png).
+    """
+    folder, texts, walks = Path(args.strips), [texts[chosen(k, texts)] for k in range(5)], []
+    images = th.from_numpy(captions["arr_0"][:: -(-len(captions["arr_0"]) // 5)]).permute(0, 3, 1, 2) / 127.5 - 1
+    study.save_noising(folder / "noising.png", open_diffusion(args.model_path)[1], images)
+    for scale in (min(scales), max(scales)):
+        what, how = asked(args, encoder, texts, scale)
+        after, frames = study.reverse_process(**what, **how, count=len(texts))
+        walks.append(np.stack(frames))                                                             # [S,5,H,W,C]
+    frames = np.stack(walks, 2).reshape(len(after), -1, *walks[0].shape[2:])                       # [S,10,H,W,C]
+    names = [f"{each}, scale {scale:g}" for each in texts for scale in (min(scales), max(scales))]
+    title = "After so many steps, each pair from the same noise"
+    study.save_strip(folder / "sampling.png", frames, row_labels=names, column_labels=after, title=title)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True)
-    parser.add_argument("--judge", required=True)
+    parser.add_argument("--judge", help="checkpoint of a classifier of clean digits; without one, only --strips")
+    parser.add_argument("--strips", help="folder for pictures of the noising and the sampling process")
     parser.add_argument("--captions", default="data/captions.npz")
     parser.add_argument("--scales", default="1,2,4")
     parser.add_argument("--num_samples", type=int, default=480)
     parser.add_argument("--batch_size", type=int, default=240)
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
+    if not (args.judge or args.strips):
+        parser.error("give --judge, --strips or both")
     with np.load(args.captions) as archive:
         captions = dict(archive)
-    encoder, judge = program.text_encoder(args.model_path), ClassifierExtractor(args.judge)
+    encoder, scales = program.text_encoder(args.model_path), study.numbers("scales", args.scales)
+    if args.strips:
+        save_strips(args, encoder, captions, phrasings(captions)["held out"][0], scales)
+    if args.judge:
+        measure(args, encoder, captions, scales)
+
+
+def measure(args, encoder, captions, scales):
+    """Print the table, write it and the picture of samples."""
+    judge = ClassifierExtractor(args.judge)
     reference, table, held_out = judge(captions["arr_0"]).pool, [], {}
     for name, (texts, labels) in phrasings(captions).items():
-        asked = np.array(labels)[np.arange(args.num_samples) % len(labels)]
-        for scale in map(float, args.scales.split(",")):
+        wanted = np.array(labels)[np.arange(args.num_samples) % len(labels)]
+        for scale in scales:
             start = time.monotonic()
             images = draw(args, encoder, texts, scale, args.num_samples)
-            row = {"texts": name, "scale": scale, **score(judge, images, asked, reference)}
+            row = {"texts": name, "scale": scale, **score(judge, images, wanted, reference)}
             table.append(row)
             if name == "held out":
                 held_out[scale] = texts, images

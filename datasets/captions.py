@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion import checkpoint, text
+from guided_diffusion.arrays import read_npz
 from guided_diffusion.image_datasets import ImageDataset, load_data
 
 WORDS = "zero one two three four five six seven eight nine".split()
@@ -53,10 +54,10 @@ def captioned(source, image_size, image_channels):
 
     :raises ValueError: if they are something else.
     """
-    with np.load(source, allow_pickle=False) as archive:
-        if "images" not in archive.files:
-            return None
-        images, texts = archive["images"], archive["texts"] if "texts" in archive.files else None
+    arrays = read_npz(source, ("images", "texts"))
+    if "images" not in arrays:
+        return None
+    images, texts = arrays["images"], arrays.get("texts")
     if images.dtype.kind == "f" and images.size and images.min() >= 0 and images.max() <= 1:
         images = np.rint(images * 255).astype(np.uint8)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):

@@ -11,13 +11,13 @@ Sources: LeCun, Bottou, Bengio and Haffner, Proc. IEEE 86, 1998; Xiao, Rasul and
 
 import argparse
 import gzip
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion import arrays as plain
 from guided_diffusion import checkpoint, config
 from guided_diffusion.download import fetch
 
@@ -126,11 +126,7 @@ def read_idx(path):
 
 def read_npz(path):
     """The arrays of an npz as Keras writes it; the test set may be missing."""
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            arrays = {name: npz[name] for name in FILES if name in npz.files}
-    except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read {path} as an npz of plain arrays: {error}") from error
+    arrays = plain.read_npz(path, FILES)
     has_test = bool(arrays.keys() & {"x_test", "y_test"})
     wanted = [name for name in FILES if has_test or name.endswith("_train")]
     missing = [name for name in wanted if name not in arrays]

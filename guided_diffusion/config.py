@@ -377,6 +377,8 @@ class _OfImages:
     classes: str = changed(
         SampleOptions, "classes", "", "labels or class names of the images in turn, as 3,7; empty: those of the data"
     )
+    prompts: tuple = changed(SampleOptions, "prompts", ())
+    prompt_vectors: str = changed(SampleOptions, "prompt_vectors", "")
     num_images: int = option(8, "how many of the images to take; --seed decides which")
     batch_size: int = changed(_Training, "batch_size", 64)
     sampler: str = changed(SampleOptions, "sampler", "ddpm")

@@ -11,8 +11,6 @@ import itertools
 import math
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
+
+from .arrays import read_npz
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 LABEL_RULES = ("auto", "prefix", "folder")
@@ -433,7 +433,8 @@ def _shorten(names, most=10):
 def _open_npz(path, class_cond, class_names, vector_channels):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"data_dir {path} does not exist")
-    arrays = _read_npz(path, ("vectors", "text_encoder") if vector_channels else ())
+    more = ("vectors", "text_encoder") if vector_channels else ()
+    arrays = read_npz(path, ("arr_0", "arr_1", "class_names", *more))
     if "arr_0" not in arrays:
         raise ValueError(f"{path} has no array arr_0 (uint8 [N,H,W,C])")
     images = arrays["arr_0"]
@@ -476,17 +477,6 @@ def _with_labels(source, path, arrays, class_names):
     source.labels, source.rule = labels.astype(np.int64), "arr_1"
     source.class_names = None if class_names is None else list(class_names)
     return source
-
-
-def _read_npz(path, more):
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not hasattr(archive, "files"):
-            raise ValueError("it is a single array")
-        with archive:
-            return {name: archive[name] for name in ("arr_0", "arr_1", "class_names", *more) if name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read {path} as an npz of plain arrays: {error}") from error
 
 
 def _check_labels(source, num_classes):

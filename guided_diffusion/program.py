@@ -265,8 +265,8 @@ def guide_of(args, flags, diffusion):
 
 def vectors_of(args, flags):
     """
-    The vectors that SampleOptions ask a model of these flags for, float32 [P,D]: of its prompts, or of the file, or one
-    of zeros, which stands for none; None if it takes none.
+    The vectors that --prompts and --prompt_vectors ask a model of these flags for, float32 [P,D]: of the prompts, or of
+    the file, or one of zeros, which stands for none; None if it takes none.
 
     :raises ValueError: if they cannot be had, or do not fit the model.
     """
@@ -290,6 +290,19 @@ def vectors_of(args, flags):
     if not encoder:
         raise ValueError(f"nothing beside {args.model_path} tells how its texts were encoded: give --prompt_vectors")
     return th.from_numpy(text.encode(encoder, args.prompts))
+
+
+def conditions_of(args, flags, y, count):
+    """
+    What a model of these flags is told of each of `count` images: {"y": [count], "vector": [count,D]}, as far as it
+    takes them; the vectors are given in turn. Raises ValueError as `vectors_of`.
+
+    :param y: labels [count], or None.
+    """
+    cond, vectors = {"y": y} if flags["class_cond"] else {}, vectors_of(args, flags)
+    if vectors is not None:
+        cond["vector"] = vectors[[i % len(vectors) for i in range(count)]].to(dist_util.dev())
+    return cond
 
 
 def rows_between(diffusion, interval):

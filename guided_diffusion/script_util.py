@@ -121,6 +121,8 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
     flags = dict(locals())
     if network not in NETWORKS:
         raise ValueError(unknown("network", network, NETWORKS))
+    if vector_channels < 0:
+        raise ValueError(f"--vector_channels is the width of the vectors, or 0 for none, not {vector_channels}")
     return NETWORKS[flags.pop("network")](**flags)
 
 

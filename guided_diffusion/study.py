@@ -94,11 +94,17 @@ def save_noising(path, diffusion, images, frames=10):
     noise = th.randn(images.shape, generator=th.Generator().manual_seed(0))
     steps = [pictures.to_uint8(diffusion.q_sample(images, th.full((len(images),), t), noise)) for t in rows]
     title = "The same noise, growing with t"
-    _save_strip(path, steps, column_labels=[f"t={t}" for t in rows], title=title)
+    save_strip(path, steps, column_labels=[f"t={t}" for t in rows], title=title)
 
 
-def save_reverse_process(path, diffusion, model, image_size, title, seed=0, frames=10, **how):
-    """A strip of ten grey images, one a class, from noise to picture; `how` goes to `generate.sample_stream`."""
+def reverse_process(diffusion, model, shape, count, frames=10, **how):
+    """
+    Samples on their way from noise to picture: (after how many steps, as texts; uint8 [count,H,W,C] at each).
+
+    :param shape: of one sample, (C, H, W).
+    :param frames: how many steps to show, equidistant from the first to the last.
+    :param how: goes to `generate.sample_stream`.
+    """
     steps = diffusion.num_timesteps
     wanted = {round(step) for step in np.linspace(steps - 1, 0, frames)}
     seen = []
@@ -107,14 +113,22 @@ def save_reverse_process(path, diffusion, model, image_size, title, seed=0, fram
         if t in wanted:
             seen.append((t, pictures.to_uint8(x)))
 
-    shape = 1, image_size, image_size
-    list(generate.sample_stream(diffusion, model, shape=shape, num_samples=10, batch_size=10, seed=seed,
-                                labels=list(range(10)), on_step=watch, **how))  # fmt: skip
-    labels = [f"{steps - t}" for t, _ in seen]
-    _save_strip(path, [x for _, x in seen], row_labels=list("0123456789"), column_labels=labels, title=title)
+    stream = generate.sample_stream(
+        diffusion, model, shape=shape, num_samples=count, batch_size=count, on_step=watch, **how
+    )
+    list(stream)
+    return [f"{steps - t}" for t, _ in seen], [x for _, x in seen]
 
 
-def _save_strip(path, frames, **captions):
+def save_reverse_process(path, diffusion, model, image_size, title, seed=0, frames=10, **how):
+    """A strip of ten grey images, one a class, from noise to picture; `how` goes to `generate.sample_stream`."""
+    shape, labels = (1, image_size, image_size), list(range(10))
+    after, seen = reverse_process(diffusion, model, shape, 10, frames, seed=seed, labels=labels, **how)
+    save_strip(path, seen, row_labels=list("0123456789"), column_labels=after, title=title)
+
+
+def save_strip(path, frames, **captions):
+    """Write `pictures.strip(frames, **captions)` as the picture file `path`, making its folder if need be."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     pictures.strip(frames, **captions).save(path)
 

@@ -7,6 +7,7 @@ A new encoder is one function and one row. What the project cannot compute, such
 
 import numpy as np
 
+from .arrays import read_npy
 from .schedules import unknown
 
 PRECOMPUTED = "precomputed"
@@ -59,13 +60,9 @@ def read_vectors(path):
 
     :raises ValueError, FileNotFoundError: if it is something else.
     """
-    try:
-        vectors = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"cannot read {path} as an npy file of a plain array: {error}") from error
-    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind != "f" or vectors.ndim < 2 or not vectors.size:
-        held = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else "an npz"
-        raise ValueError(f"{path} is {held}; vectors are floats [P,D] in an npy file")
+    vectors = read_npy(path)
+    if vectors.dtype.kind != "f" or vectors.ndim < 2 or not vectors.size:
+        raise ValueError(f"{path} is {vectors.dtype} {list(vectors.shape)}; vectors are floats [P,D] in an npy file")
     if not np.isfinite(vectors).all():
         raise ValueError(f"{path} holds values that are not finite")
     return vectors.astype(np.float32)

@@ -1,5 +1,7 @@
 """Restore images of which only a measurement is known (some pixels, block means, a blur) with a diffusion model."""
 
+import itertools
+
 import torch as th
 
 from guided_diffusion import config, dist_util, generate, inverse, logger, pictures, program, sampling
@@ -17,18 +19,22 @@ def main():
     judge = open_judge(args, flags, device)
     config.check_classes(flags, None if judge else args.classes)
     images, y = program.open_images(args, flags, bool(judge) or flags["class_cond"])
+    told = program.conditions_of(args, flags, y, len(images))
     noise = sampling.SeededNoise(args.seed, range(len(images)), device)
     mask = read_mask(args, noise, images) if args.task == "inpaint" else None
     operator = operator_of(args, mask, images)
     measurement = operator(images)
     measurement = measurement + args.noise_std * noise.normal(*measurement.shape[1:]) * (1 if mask is None else mask)
 
-    restored = restore(args, flags, diffusion, model, y, measurement, mask, images)
+    restored = restore(args, flags, diffusion, model, told, measurement, mask, images)
     guess = simplest(args, operator, measurement, mask)
     report(args, images, y, measurement, operator, restored, guess, judge)
     generate.save_arrays(folder, "measurement", measurement, mask)
     labels = None if y is None else y.repeat_interleave(args.num_samples).cpu().numpy()
-    path = generate.save_samples(folder, pictures.to_uint8(restored).cpu().numpy(), labels, picture=False)
+    in_turn = zip(itertools.cycle(args.prompts), images)
+    texts = [text for text, _ in in_turn for _ in range(args.num_samples)]
+    pixels = pictures.to_uint8(restored).cpu().numpy()
+    path = generate.save_samples(folder, pixels, labels, picture=False, prompts=texts)
     draw(args, images, guess if mask is None else measurement, restored, f"{folder}/restored.png")
     logger.log(f"samples: {path}\npicture: {folder}/restored.png")
 
@@ -54,7 +60,7 @@ def operator_of(args, mask, images):
 
 
 def read_mask(args, noise, images):
-    """[N,1,H,W], 1 where pixels are known."""
+    """[N,1,H,W], 1 where pixels are known. Raises ValueError if an image has none."""
     height, width = images.shape[2:]
     mask, share = images.new_ones(len(images), 1, height, width), config.share_of_mask(args.mask)
     if args.mask == "half":
@@ -66,17 +72,26 @@ def read_mask(args, noise, images):
         mask = (order >= round(share * height * width)).to(images).view_as(mask)
     else:
         mask = mask * pictures.read_mask(args.mask, height, width).to(mask)
+    if not mask.flatten(1).any(1).all():
+        raise ValueError(
+            f"--mask {args.mask} leaves none of the {height * width} pixels known: leave some to restore from, or draw"
+            " images by image_sample.py"
+        )
     return mask
 
 
-def restore(args, flags, diffusion, model, y, measurement, mask, images):
-    """--num_samples restorations of each image, one after the other: [N * num_samples,C,H,W] in [-1,1]."""
+def restore(args, flags, diffusion, model, told, measurement, mask, images):
+    """
+    --num_samples restorations of each image, one after the other: [N * num_samples,C,H,W] in [-1,1].
+
+    :param told: conditions of the images, as of `program.conditions_of`.
+    """
     rule, process = generate.planned(diffusion, sampler=args.sampler, steps=args.steps, spacing=args.spacing)
 
     def walk(part):
         which = [i // args.num_samples for i in part]
         noise = sampling.SeededNoise(args.seed, [len(images) + i for i in part], dist_util.dev())
-        start, cond = noise.normal(*images.shape[1:]), {"y": y[which]} if flags["class_cond"] else {}
+        start, cond = noise.normal(*images.shape[1:]), {name: value[which] for name, value in told.items()}
         its_mask = None if mask is None else mask[which]
         if args.method == "repaint":
             return inverse.repaint(

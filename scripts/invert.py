@@ -4,6 +4,7 @@ import numpy as np
 import torch as th
 
 from guided_diffusion import config, generate, inverse, logger, pictures, program, sampling
+from guided_diffusion.arrays import read_npz
 from guided_diffusion.config import DiffusionOptions, InvertOptions, ModelOptions, RunOptions
 from guided_diffusion.script_util import open_diffusion
 from guided_diffusion.spacing import pick
@@ -22,20 +23,22 @@ def main():
     predict = process.predictor(model, clip_denoised=False)  # what is clipped cannot be undone
 
     def walked(walk, x, y):
+        told = program.conditions_of(args, flags, y, len(x))
+
         def batch(part):
-            cond = {} if y is None else {"y": y[part.start : part.stop]}
+            cond = {name: value[part.start : part.stop] for name, value in told.items()}
             return walk(process, predict, rule=rule, cond=cond, x=x[part.start : part.stop])
 
         return generate.through(batch, len(x), args.batch_size, process.num_timesteps)
 
     if args.latents:
         latents, y = read_latents(args, flags, device)
-        return save(folder, walked(sampling.sample, latents, y), y)
+        return save(args, folder, walked(sampling.sample, latents, y), y)
     images, y = program.open_images(args, flags, flags["class_cond"])
     latents = walked(up, images, y)
     logger.log(f"latents: {generate.save_arrays(folder, 'latents', latents, y)}")
     back = walked(sampling.sample, latents, y)
-    save(folder, back, y)
+    save(args, folder, back, y)
     report(folder, args, images, latents, back)
     if args.interpolate:
         shares = np.linspace(0, 1, args.interpolate + 2)
@@ -62,25 +65,36 @@ def up(process, predict, rule, cond, x):
 def read_latents(args, flags, device):
     """(latents [N,C,H,W], labels [N] or None) of an earlier run. Raises ValueError unless the model can take them."""
     shape = (flags["image_channels"], flags["image_size"], flags["image_size"])
-    try:
-        with np.load(args.latents, allow_pickle=False) as npz:
-            latents, y = npz["arr_0"], npz["arr_1"] if "arr_1" in npz.files else None
-    except (ValueError, KeyError, EOFError, AttributeError) as error:
-        raise ValueError(f"cannot read {args.latents} as latents: {error}") from None
-    if latents.dtype.kind != "f" or latents.shape[1:] != shape or not np.isfinite(latents).all():
-        raise ValueError(f"{args.latents} holds {latents.dtype} {list(latents.shape)}: the model takes finite numbers"
-                         f" [N, {', '.join(map(str, shape))}]")  # fmt: skip
+    arrays = read_npz(args.latents, ("arr_0", "arr_1"))
+    latents = arrays.get("arr_0", np.zeros(0, bool))
+    fits = latents.dtype.kind == "f" and latents.shape == (len(latents), *shape) and latents.size
+    if not fits or not (abs(latents) <= np.finfo(np.float32).max).all():
+        held = f"{latents.dtype} {list(latents.shape)}" if "arr_0" in arrays else "no arr_0"
+        raise ValueError(
+            f"{args.latents} holds {held}: the model takes finite numbers [N, {', '.join(map(str, shape))}]"
+        )
+    y = labels_of(args, flags, arrays.get("arr_1"), len(latents)) if flags["class_cond"] else None
+    return th.from_numpy(latents.astype(np.float32)).to(device), None if y is None else th.tensor(y, device=device)
+
+
+def labels_of(args, flags, y, count):
+    """The labels that --classes gives `count` latents, or else those of their file, y: a list."""
+    classes = flags["num_classes"]
     if args.classes:
-        y = config.parse_classes(args.classes, flags["num_classes"], len(latents), program.class_names(args.model_path))
-    if flags["class_cond"] and y is None:
+        return config.parse_classes(args.classes, classes, count, program.class_names(args.model_path))
+    if y is None:
         raise ValueError(f"{args.latents} has no labels, and the model needs them: give --classes")
-    y = th.as_tensor(y, device=device) if flags["class_cond"] else None
-    return th.from_numpy(latents).float().to(device), y
+    if y.shape != (count,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
+        raise ValueError(
+            f"{args.latents}: arr_1, {y.dtype} {list(y.shape)}, gives no label 0..{classes - 1} to each of {count}"
+            " latents: give --classes"
+        )
+    return y.tolist()
 
 
-def save(folder, x, y):
-    images = pictures.to_uint8(x).cpu().numpy()
-    logger.log(f"images: {generate.save_samples(folder, images, None if y is None else y.cpu().numpy())}")
+def save(args, folder, x, y):
+    images, labels = pictures.to_uint8(x).cpu().numpy(), None if y is None else y.cpu().numpy()
+    logger.log(f"images: {generate.save_samples(folder, images, labels, prompts=args.prompts)}")
 
 
 def report(folder, args, images, latents, back):

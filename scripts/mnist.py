@@ -168,11 +168,24 @@ def write_report(work, args, rows, names):
     return work.report("report.md", lines)
 
 
+def check(args):
+    """Raise ValueError for options that would fail only after minutes of work."""
+    scales, longest = study.numbers("scales", args.scales), config.DiffusionOptions.diffusion_steps
+    if len(set(scales)) < len(scales):
+        raise ValueError(f"--scales {args.scales!r}: give each scale once")
+    study.check_least(
+        args, iterations=1, judge_iterations=1, num_samples=20, seeds=1, steps=2, batch_size=1, image_size=0, seed=0
+    )
+    if args.steps > longest:
+        raise ValueError(f"--steps must be {longest} or fewer, all that the process has, not {args.steps}")
+    if args.lr <= 0:
+        raise ValueError(f"--lr must be above 0, not {args.lr}")
+
+
 def main():
     args = config.parse(__doc__, MnistOptions)
     start = time.monotonic()
-    study.numbers("scales", args.scales)
-    study.check_least(args, iterations=1, judge_iterations=1, num_samples=20, seeds=1, steps=2, batch_size=1)
+    check(args)
     args.image_size = args.image_size or (8 if args.data == "digits" else 16)
     if args.network != "small":
         diffunet.network_flags(args.network, args.image_size)  # refuses now what the network cannot be built for

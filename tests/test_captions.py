@@ -192,6 +192,9 @@ def test_vectors_and_texts_that_cannot_be(digits, tmp_path):
     np.savez(tmp_path / "b.npz", images=images, texts=["x"])
     with pytest.raises(ValueError, match="texts must hold 2 texts"):
         write(tmp_path / "b.npz", tmp_path / "a.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cannot read .*cut\.npz as an npz of plain arrays"):
+        write(tmp_path / "cut.npz", tmp_path / "a.npz")
     np.savez(tmp_path / "c.npz", images=images + 2.5, texts=["x", "y"])
     with pytest.raises(ValueError, match=r"images is float64 .* floats from 0 to 1"):
         write(tmp_path / "c.npz", tmp_path / "a.npz")
@@ -329,6 +332,8 @@ def test_labels_and_texts_together_in_the_other_network(home, tmp_path):
     (f"{TRAIN} --data_dir {{home}}/a.npz --channel_mult 1,2,2,2", "images of 8x8 cannot be halved 4 times"),
     (f"{TRAIN} --data_dir {{home}}/a.npz --class_cond True", "film takes no labels"),
     (f"{TRAIN} --data_dir {{home}}/a.npz --beta2 1", "beta2 is a decay"),
+    (f"{TRAIN} --data_dir {{home}}/a.npz --vector_channels -64", "--vector_channels is the width .*, not -64"),
+    (f"{TRAIN} --data_dir {{home}}/a.npz --vector_channels -64 --network adm", "--vector_channels is the width"),
     (f"{TRAIN} --data_dir {{home}}/other.npz --resume_checkpoint {{home}}/film/model000004.pt",
      "trained on vectors made by hashing:16, and those of .* are made by precomputed"),
 ])  # fmt: skip
@@ -339,11 +344,43 @@ def test_training_that_cannot_be(home, tmp_path, words, pattern):
     refused("image_train", words, pattern)
 
 
+def test_images_that_are_restored_or_inverted_have_prompts_in_turn(home, tmp_path, monkeypatch):
+    seen = []
+    forward = Unet.forward
+    monkeypatch.setattr(Unet, "forward", lambda *args, vector: (seen.append(vector), forward(*args, vector=vector))[1])
+    words = f"--model_path {home}/film/model000004.pt --num_images 3 --steps 4 --batch_size 6"
+    v = th.from_numpy(text.encode("hashing:16", ["a handwritten two", "the digit 0"]))
+    told = f"{words} --data_dir {home}/a.npz --prompts {PROMPTS} --log_dir {tmp_path}"
+    for method in ("dps", "repaint"):
+        done("inpaint", f"{told}/{method} --num_samples 2 --method {method} --batch_size 4")
+        assert {len(each) for each in seen} == {2, 4}
+        assert all(th.equal(each, v[[0, 0, 1, 1]] if len(each) == 4 else v[[0, 0]]) for each in seen)
+        with np.load(tmp_path / method / "samples_6x8x8x1.npz") as archive:
+            two, zero = "a handwritten two", "the digit 0"
+            assert archive["texts"].tolist() == [two, two, zero, zero, two, two]
+        seen.clear()
+    done("invert", f"{told}/there --interpolate 1")
+    assert all(th.equal(each, v[[0, 1, 0]]) for each in seen) and len(seen) >= 5 * 3
+    seen.clear()
+    np.save(tmp_path / "v.npy", v.numpy())
+    done("invert", f"{words} --latents {tmp_path}/there/latents_3x1x8x8.npz --prompt_vectors {tmp_path}/v.npy --log_dir"
+         f" {tmp_path}/back")  # fmt: skip
+    assert all(th.equal(each, v[[0, 1, 0]]) for each in seen)
+    for name in ("inpaint", "invert"):
+        kept = f"--data_dir {home}/a.npz --num_images 2 --steps 3 --log_dir {tmp_path}/no --model_path {home}"
+        refused(name, f"{kept}/sure/model000001.pt", "without --class_dropout, cannot do without: give --prompts")
+        refused(name, f"{kept}/film/model000004.pt --prompts '?'", "holds no word")
+        seen.clear()
+        done(name, f"{kept}/film/model000004.pt")
+        assert seen and not any(each.any() for each in seen)
+
+
 @pytest.mark.parametrize("run, words, pattern", [
     ("film/model000004.pt", "--prompts '?'", r"text '\?' holds no word"),
     ("film/model000004.pt", "--prompts a b --prompt_vectors {home}/three.npy", "3 vectors, and there are 2 --prompts"),
     ("film/model000004.pt", "--prompt_vectors {home}/wide.npy", r"holds vectors \[2, 17\]; the model takes \[P,16\]"),
     ("film/model000004.pt", "--prompt_vectors {home}/none.npy", "No such file"),
+    ("film/model000004.pt", "--prompt_vectors {home}/cut.npz", "cannot read .*cut.npz as an npy file"),
     ("film/model000004.pt", "--classes 1", "the model is unconditional"),
     ("sure/model000001.pt", "", "trained without --class_dropout, cannot do without: give --prompts"),
     ("sure/model000001.pt", "--prompts a --guidance_scale 2", "cannot predict without a condition"),
@@ -353,6 +390,7 @@ def test_training_that_cannot_be(home, tmp_path, words, pattern):
 def test_prompts_that_cannot_be(home, tmp_path, run, words, pattern):
     np.save(home / "three.npy", np.ones((3, 16)))
     np.save(home / "wide.npy", np.ones((2, 17)))
+    (home / "cut.npz").write_bytes((home / "a.npz").read_bytes()[:1000])
     if not (home / "plain").exists():
         train(home, "plain", "--iterations 1 --vector_channels 0 --class_dropout 0")
         train(home, "told", "--iterations 1")
@@ -479,6 +517,11 @@ def test_vectors_of_no_prompt_are_the_null(home):
     assert program.vectors_of(args, flags | {"vector_channels": 0, "class_dropout": 0.0}) is None
 
 
+def archive_images(home):
+    with np.load(home / "a.npz") as archive:
+        return archive["arr_0"].astype(int)
+
+
 def test_the_benchmark_of_prompts(home, tmp_path, monkeypatch):
     done("classifier_train", f"--data_dir {home}/data --noised False --image_size 8 --image_channels 1 --num_classes 3"
          f" --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4 --batch_size 12 --lr 1e-3"
@@ -492,6 +535,23 @@ def test_the_benchmark_of_prompts(home, tmp_path, monkeypatch):
     table = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["texts"], row["scale"]) for row in table[::3]] == [("trained", 1), ("held out", 1)] and len(table) == 6
     assert (tmp_path / "out.png").stat().st_size > 1000
+    strips = []
+    monkeypatch.setattr(bench.study, "save_strip", lambda path, frames, **how: strips.append((path, frames, how)))
+    words = f"{' '.join(words.split()[:2])} --captions {home}/a.npz --strips {tmp_path}/strips --steps 12"
+    monkeypatch.setattr("sys.argv", ["captions", *words.split()])
+    bench.main()
+    (noising, noised, _), (sampling, frames, how) = strips
+    assert (noising.name, sampling.name) == ("noising.png", "sampling.png") and len(noised) == len(frames) == 10
+    assert np.abs(noised[0].int().numpy() - archive_images(home)[::5]).mean() < 8  # t = 0; of 24 images every fifth
+    assert frames.shape == (10, 10, 8, 8, 1) and how["column_labels"][::9] == ["1", "12"]
+    assert how["row_labels"][2:4] == ["the handwritten number 2, scale 1", "the handwritten number 2, scale 4"]
+    texts = [name.split(",")[0] for name in how["row_labels"][::2]]
+    for row, scale in enumerate((1, 4)):  # the end of the walk is what the program draws
+        done("image_sample", f"--model_path {home}/film/model000004.pt --num_samples 5 --batch_size 5 --guidance_scale"
+             f" {scale} --timestep_respacing 12 --log_dir {tmp_path}/{scale} --prompts"
+             + "".join(f" '{each}'" for each in texts))  # fmt: skip
+        with np.load(tmp_path / str(scale) / "samples_5x8x8x1.npz") as archive:
+            assert np.abs(archive["arr_0"].astype(int) - frames[-1, row::2]).max() <= 1
     with np.load(home / "a.npz") as archive:
         trained, apart = bench.phrasings(dict(archive)).values()
     assert len(trained[0]) == 24 and ("the digit 2", 2) in zip(*trained) and ("please draw two", 2) in zip(*apart)

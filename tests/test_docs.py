@@ -123,6 +123,13 @@ def test_every_command_of_the_page_on_training(clone):
     assert not (clone / "runs/long_replay").exists()
 
 
+def test_every_command_of_the_page_on_guidance(clone):
+    ran = [shell(tiny(command), clone) for command in commands(ROOT / "docs" / "guidance.md")]
+    assert len(ran) == 6
+    for name in ("scale_2", "interval", "autoguided"):
+        assert (clone / "runs" / name / "samples_6x8x8x1.npz").exists()
+
+
 def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     for name in ("scripts", "datasets"):
         os.symlink(ROOT / name, tmp_path / name)
@@ -167,7 +174,7 @@ def test_every_flag_that_the_docs_name_exists():
              for field in dataclasses.fields(group)}  # fmt: skip
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
                "source", "fashion", "data", "network", "scales", "seeds",
-               "gpus", "ntasks", "requeue", "templates", "hold_out", "vectors", "encoder", "judge"}  # fmt: skip
+               "gpus", "ntasks", "requeue", "templates", "hold_out", "vectors", "encoder", "judge", "strips"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -25,7 +25,7 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models",
+    "toy_models arrays",
     "config pictures image_datasets download text",
     "diffunet",
     "checkpoint",

@@ -224,7 +224,7 @@ def test_the_numbers_of_the_log_are_those_of_the_samples(home, tmp_path):
     assert picture.width > 4 * 48 and picture.height > 4 * 48
 
 
-@pytest.mark.parametrize("words, unknown", [("half", 32), ("box", 16), ("random:0.25", 16), ("random:1", 64)])
+@pytest.mark.parametrize("words, unknown", [("half", 32), ("box", 16), ("random:0.25", 16), ("random:0.97", 62)])
 def test_masks(home, tmp_path, words, unknown):
     restored(home, tmp_path, f"--mask {words}")
     measured, mask = arrays(tmp_path, "measurement")
@@ -275,6 +275,8 @@ def test_a_conditional_model_is_told_the_class(home, tmp_path):
     ("--mask middle", "--mask middle is no file and none of half, box and random:SHARE"),
     ("--mask random:2", "cannot read --mask random:2: give a share from 0 to 1"),
     ("--mask random:much", "cannot read --mask random:much"),
+    ("--mask random:1", "--mask random:1 leaves none of the 64 pixels known: .* image_sample.py"),
+    ("--mask {black}", "black.png leaves none of the 64 pixels known"),
     ("--task super_res --factor 3", "8 x 8 pixels has no blocks of 3 x 3"),
     ("--task blur --blur_std 0", "deviation above 0, not 0"),
     ("--noise_std -1", "--noise_std must be 0 or more, not -1"),
@@ -291,6 +293,8 @@ def test_a_conditional_model_is_told_the_class(home, tmp_path):
     ("--classes 3", "model is unconditional"),
 ])  # fmt: skip
 def test_restorations_that_cannot_be_are_refused(home, tmp_path, words, pattern):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    words = words.format(black=tmp_path / "black.png")
     refused("inpaint", f"--model_path {path(home)} --data_dir {home}/data.npz --num_images 4 --num_samples 2 --steps 3"
             f" --log_dir {tmp_path} {words}", pattern)  # fmt: skip
 
@@ -376,6 +380,10 @@ def test_labels_go_with_the_latents(home, tmp_path):
     np.savez(tmp_path / "bare.npz", arr_0=latents)
     refused("invert", f"--model_path {path(home, 'cond')} --latents {tmp_path}/bare.npz --log_dir {tmp_path}/no",
             "has no labels, and the model needs them: give --classes")  # fmt: skip
+    for k, wrong in enumerate((["a"] * 6, [0] * 5, [0.5] * 6, [3] * 6, [-1] * 6)):
+        np.savez(tmp_path / f"{k}.npz", arr_0=latents, arr_1=wrong)
+        refused("invert", f"--model_path {path(home, 'cond')} --latents {tmp_path}/{k}.npz --log_dir {tmp_path}/no",
+                "arr_1, .* gives no label 0..2 to each of 6 latents: give --classes")  # fmt: skip
 
 
 @pytest.mark.parametrize("words, pattern", [
@@ -392,12 +400,18 @@ def test_labels_go_with_the_latents(home, tmp_path):
     ("--data_dir '' --latents {bad}", r"holds int64 \[2, 1, 8, 8\]: the model takes finite numbers \[N, 1, 8, 8\]"),
     ("--data_dir '' --latents {large}", r"holds float32 \[2, 1, 9, 8\]"),
     ("--data_dir '' --latents {nan}", r"the model takes finite numbers"),
-    ("--data_dir '' --latents {no}", "cannot read .* as latents"),
+    ("--data_dir '' --latents {no}", "cannot read .* as an npz of plain arrays: it is none, or holds objects"),
+    ("--data_dir '' --latents {empty}", r"float32 \[0, 1, 8, 8\]: the model takes"),
+    ("--data_dir '' --latents {huge}", r"float64 \[1, 1, 8, 8\]: the model takes finite"),
+    ("--data_dir '' --latents {other}", "holds no arr_0: the model takes"),
     ("--data_dir '' --latents {missing}", "No such file"),
     ("--classes 1", "model is unconditional"),
 ])  # fmt: skip
 def test_inversions_that_cannot_be_are_refused(home, tmp_path, words, pattern):
-    files = {name: tmp_path / f"{name}.npz" for name in ("bad", "large", "nan", "no", "missing")}
+    files = {name: tmp_path / f"{name}.npz" for name in "bad large nan no missing empty huge other".split()}
+    np.savez(files["empty"], arr_0=np.zeros((0, 1, 8, 8), np.float32))
+    np.savez(files["huge"], arr_0=np.full((1, 1, 8, 8), 1e300))
+    np.savez(files["other"], x=np.zeros((1, 1, 8, 8)))
     np.savez(files["bad"], arr_0=np.zeros((2, 1, 8, 8), np.int64))
     np.savez(files["large"], arr_0=np.zeros((2, 1, 9, 8), np.float32))
     np.savez(files["nan"], arr_0=np.full((2, 1, 8, 8), np.nan, np.float32))

@@ -150,6 +150,11 @@ def test_mean_and_standard_error():
         ("--scales 1,two", "--scales '1,two': give numbers"),
         ("--num_samples 19", "--num_samples must be 20 or more, not 19"),
         ("--seeds 0", "--seeds must be 1 or more"),
+        ("--seed -1", "--seed must be 0 or more"),
+        ("--image_size -8", "--image_size must be 0 or more"),
+        ("--steps 1001", "--steps must be 1000 or fewer, .* not 1001"),
+        ("--scales 1,2,1.0", "--scales '1,2,1.0': give each scale once"),
+        ("--lr 0", "--lr must be above 0, not 0"),
         ("--network large", "--network: invalid choice: 'large'"),
         ("--network diffunet", "image_size 8: DiffUNet .* multiple of 32"),
         ("--data nowhere", "datasets/mnist.py ended with exit code 2"),
@@ -157,6 +162,7 @@ def test_mean_and_standard_error():
 )
 def test_the_mnist_study_refuses_before_any_work(words, message, tmp_path):
     refused("mnist", f"{words} --out {tmp_path}/out", message)
+    assert not list(tmp_path.glob("out/model"))
 
 
 def test_the_mnist_study_says_what_it_measured(tmp_path):
