@@ -7,7 +7,7 @@ reads when it writes a row of its log.
 
 import torch as th
 
-from . import sharding
+from . import logger, sharding
 from .nn import convert_module_to_f16 as convert_module_to_f16  # the original's place
 from .nn import convert_module_to_f32 as convert_module_to_f32
 
@@ -50,6 +50,8 @@ class MixedPrecisionTrainer:
         ]
         if self.sharded:
             self.master_params = [th.nn.Parameter(sharding.local(p)) for p in self.model_params]
+            held, whole = (sum(p.numel() for p in params) for params in (self.master_params, self.model_params))
+            logger.log(f"the network is shared: {held} of its {whole} weights are held by this process")
         self._copies = [(p, m) for p, m in zip(self.model_params, self.master_params) if p is not m]
         device = self.model_params[0].device
         precise = th.float32 if device.type == "mps" else th.float64

@@ -1,5 +1,6 @@
 """A network shared by two processes trains, saves and goes on as one that each of them holds whole."""
 
+import re
 import shutil
 
 import pytest
@@ -54,6 +55,8 @@ def assert_same_files(ours, theirs):
         found, expected = (checkpoint.load(folder / name) for folder in (ours, theirs))
         if not name.startswith("state"):
             assert form(found) == form(expected), name
+    configs = [checkpoint.read_config(folder / "model000020.pt") for folder in (ours, theirs)]
+    assert configs[0] == configs[1]
 
 
 def distance(ours, theirs, name="model000020.pt"):
@@ -73,9 +76,9 @@ def assert_same_rows(ours, theirs):
 @pytest.mark.parametrize("name", ["image_train", pytest.param("classifier_train", marks=pytest.mark.slow)])
 def test_shared_and_whole_networks_train_alike(name, digits):
     """The same rows of the log, weights, averages, moments and samples, in files of the same form."""
-    whole, shared = digits / f"whole_{name}", digits / f"shared_{name}"
-    train(digits, whole, "none", name=name)
-    train(digits, shared, "fsdp", name=name)
+    whole, shared = (trained(digits, kind, name) for kind in ("none", "fsdp"))
+    found = re.search(r"is shared: (\d+) of its (\d+) weights are held", (shared / "log.txt").read_text())
+    assert 0.5 <= int(found[1]) / int(found[2]) < 0.51
     assert_same_rows(shared, whole)
     assert_same_files(whole, shared)
     for path in [shared / "model000020.pt", *shared.glob("ema*020.pt")]:
@@ -87,7 +90,15 @@ def test_shared_and_whole_networks_train_alike(name, digits):
 
 
 def test_a_shared_network_trains_as_one_process_does(digits, alone):
-    assert_same_run(alone, digits / "shared_image_train")
+    assert_same_run(alone, trained(digits, "fsdp"))
+
+
+def trained(digits, kind, name="image_train"):
+    """The run of two processes, made when it is first asked for."""
+    folder = digits / f"{kind}_{name}"
+    if not folder.exists():
+        train(digits, folder, kind, name=name)
+    return folder
 
 
 def half(run, folder):
@@ -97,7 +108,7 @@ def half(run, folder):
 
 
 def test_a_shared_run_goes_on_bit_for_bit(digits, tmp_path):
-    shared = digits / "shared_image_train"
+    shared = trained(digits, "fsdp")
     run = half(shared, tmp_path / "run")
     train(digits, run, "fsdp")
     for path in shared.glob("*000020.pt"):
@@ -108,7 +119,7 @@ def test_a_shared_run_goes_on_bit_for_bit(digits, tmp_path):
 @pytest.mark.parametrize("turn", ["shared, then one process", "one process, then shared"])
 def test_a_run_goes_on_shared_or_not(turn, digits, alone, tmp_path):
     if turn.startswith("shared"):
-        run = half(digits / "shared_image_train", tmp_path / "run")
+        run = half(trained(digits, "fsdp"), tmp_path / "run")
         train(digits, run, "none", batch=8, launcher=[])
     else:
         run = half(alone, tmp_path / "run")
@@ -119,7 +130,7 @@ def test_a_run_goes_on_shared_or_not(turn, digits, alone, tmp_path):
 
 def test_a_shared_run_stops_where_nothing_is_finite(digits, tmp_path):
     """Both processes say so, whichever of them has the weight, and none waits for the other."""
-    run = half(digits / "shared_image_train", tmp_path / "run")
+    run = half(trained(digits, "fsdp"), tmp_path / "run")
     weights = checkpoint.load(run / "model000010.pt")
     weights["input_blocks.0.0.weight"][0] = th.nan
     checkpoint.save(weights, run / "model000010.pt")
