@@ -173,8 +173,8 @@ def test_every_flag_that_the_docs_name_exists():
     known = {field.name for group in vars(config).values() if dataclasses.is_dataclass(group)
              for field in dataclasses.fields(group)}  # fmt: skip
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
-               "source", "fashion", "data", "network", "scales", "seeds",
-               "gpus", "ntasks", "requeue", "templates", "hold_out", "vectors", "encoder", "judge", "strips"}  # fmt: skip
+               "source", "fashion", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
+               "templates", "hold_out", "vectors", "encoder", "judge", "strips"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"
