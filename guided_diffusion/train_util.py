@@ -199,8 +199,8 @@ class Trainer:
         if error:
             raise error
         name = os.path.join(self.folder, checkpoint.model_name(self.step))
-        raise health.Stopped(reason, f"stopped at update {self.step}, which is saved in {name}: run the same command"
-                             " again to go on")  # fmt: skip
+        saved = f"at update {self.step}, which is saved in {name}" if self.step else "before the first update"
+        raise health.Stopped(reason, f"stopped {saved}: run the same command again to go on")
 
     def _save_if_new(self):
         if self.saved_at != self.step:

@@ -428,6 +428,12 @@ def test_the_clock_saves_what_is_done(folder):
     assert stopped.value.reason == health.TIME_IS_UP and (folder / "commit000001.json").exists()
 
 
+def test_a_run_without_time_for_one_update_says_so(folder):
+    with pytest.raises(health.Stopped, match="stopped before the first update: run the same command again"):
+        train(folder, 50, data=slow(0.05), max_minutes=1e-9)
+    assert not list(folder.glob("*.pt"))
+
+
 def slow(seconds):
     for count, batch in enumerate(batches()):
         time.sleep(seconds if count else 0)
