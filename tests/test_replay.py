@@ -96,6 +96,7 @@ def test_a_replayed_run_ends_bit_for_bit_as_the_first(home, tmp_path):
     refused("replay", f"{home}/run --log_dir {tmp_path}/again", "again holds the checkpoints of a run")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")
 def test_a_run_of_two_processes_is_replayed_with_two(home):
     """Launched by MPI, replayed by torchrun, from a network that another run left, in the default folder."""

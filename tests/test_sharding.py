@@ -116,6 +116,7 @@ def test_a_shared_run_goes_on_bit_for_bit(digits, tmp_path):
     assert_same_rows(run, shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", ["shared, then one process", "one process, then shared"])
 def test_a_run_goes_on_shared_or_not(turn, digits, alone, tmp_path):
     if turn.startswith("shared"):
@@ -128,6 +129,7 @@ def test_a_run_goes_on_shared_or_not(turn, digits, alone, tmp_path):
     assert_same_files(run, alone)
 
 
+@pytest.mark.slow
 def test_a_shared_run_stops_where_nothing_is_finite(digits, tmp_path):
     """Both processes say so, whichever of them has the weight, and none waits for the other."""
     run = half(trained(digits, "fsdp"), tmp_path / "run")
@@ -182,6 +184,7 @@ dist_util.finish()
 """
 
 
+@pytest.mark.slow
 def test_each_process_holds_a_part(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     result = shell(["worker.py"], tmp_path, TWO)

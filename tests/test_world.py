@@ -185,6 +185,7 @@ def kills(digits, tmp_path, count, processes, seed, iterations=60):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")
 def test_a_run_goes_on_with_other_processes_and_workers(digits, tmp_path):
     """Two processes go on as one and the other way round, exact up to the order of sums, and the log says so."""
@@ -231,6 +232,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(digits, tmp_path):
     line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
     first = start("image_train", line, digits)
@@ -259,6 +261,7 @@ def test_an_unreadable_image_costs_two_processes_no_update(digits, tmp_path):
     assert path and not problems  # at most eight updates, so it is the save before leaving
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_dies_ends_the_run_in_a_line(digits, tmp_path):
     line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
     process = start("image_train", line.replace("--num_workers 0", "--num_workers 2"), digits)
