@@ -116,6 +116,13 @@ def end(process):
     return process.returncode, out
 
 
+def logged(folder):
+    """The last step of the run's table, 0 before there is one."""
+    with contextlib.suppress(OSError, IndexError, ValueError, KeyError):
+        return int(float(rows(folder)[-1]["step"]))
+    return 0
+
+
 def kill(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -149,35 +156,34 @@ def test_fifty_kills(processes, digits, tmp_path):
 
 
 def kills(digits, tmp_path, count, processes, seed, iterations=60):
-    """SIGKILL after a random time, half of them while a checkpoint is being written; then to the end undisturbed."""
+    """SIGKILL at a random step, half of them while a checkpoint is being written; then to the end undisturbed."""
     launcher, rng = launched(processes, "mpiexec" if processes > 1 else None), random.Random(seed)
     more = "--ema_rate 0.9 --schedule_sampler loss-second-moment --random_flip True"
+    folder = tmp_path / "broken"
 
     def line(name):
         return words("image_train", digits, tmp_path / name, batch=8 // processes, iterations=iterations, more=more)
 
     stranger("scripts/image_train.py", line("whole"), digits, launcher)
-    killed, saved_before = 0, 0
-    while killed < count:
-        folder = tmp_path / "broken"
+    saved_before = 0
+    for number in range(count):
         process = start("image_train", line("broken"), digits, launcher)
-        if killed % 2:
-            with contextlib.suppress(AssertionError):  # until a file of a save is under way
-                wait_for(folder, "*.tmp", 20)
-        else:
-            time.sleep(rng.uniform(1.0, 5.0))
-        if process.poll() is not None:
-            code, out = end(process)
-            assert code == 0, out
-            break
+        share = rng.uniform(0, 1 if number % 2 else 2)  # the last one comes before the last tenth of the run
+        last = 0.9 * iterations * (number + share) / (count + 1)
+        if last <= logged(folder):  # behind what is done: the kill falls into the start
+            time.sleep(rng.uniform(0, 1))
+        while process.poll() is None and logged(folder) < last:
+            time.sleep(0.005)
+        if number % 2:  # a file of a save is under way
+            while process.poll() is None and not list(folder.glob("*.tmp")):
+                time.sleep(0.001)
+        assert process.poll() is None, end(process)
         kill(process)
-        killed += 1
         path, _ = saves.newest(folder) if folder.exists() else (None, [])
         step = checkpoint.parse_resume_step_from_filename(path or "")
         assert step >= saved_before, "a checkpoint was lost"
         saved_before = step
     stranger("scripts/image_train.py", line("broken"), digits, launcher)
-    assert killed >= min(count, 2)
     for path in sorted((tmp_path / "whole").glob(f"*{iterations:06d}.pt")):
         assert same(checkpoint.load(path), checkpoint.load(tmp_path / "broken" / path.name)), path.name
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / name)]
