@@ -52,7 +52,8 @@ def asked(args, encoder, texts, scale):
         return guidance.classifier_free(predict, null, scale, batched=True) if scale != 1 else predict
 
     vectors = th.from_numpy(text.encode(encoder, texts))
-    return {"diffusion": diffusion, "model": model, "shape": shape}, {"vectors": vectors, "guide": guide}
+    given = {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
+    return {"diffusion": diffusion, "model": model, "shape": shape}, {"given": given, "guide": guide}
 
 
 def score(judge, images, labels, reference):

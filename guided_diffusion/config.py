@@ -263,6 +263,17 @@ class TrainOptions(_Training):
 
 
 @dataclass
+class SuperResTrainOptions(TrainOptions):
+    """training"""
+
+    low_res_noise: float = option(
+        0.0,
+        "add noise to the small images, of a standard deviation drawn from 0 to this for each, pixels spanning -1 to 1:"
+        " the network then forgives the faults of drawn images (conditioning augmentation); 0: none",
+    )
+
+
+@dataclass
 class ClassifierTrainOptions(_Training):
     """training"""
 
@@ -276,9 +287,7 @@ class ClassifierTrainOptions(_Training):
 
 
 @dataclass
-class SampleOptions:
-    """sampling"""
-
+class _Sampling:
     model_path: str = option("", "checkpoint of the diffusion model; config.json beside it spares the network's flags")
     num_samples: int = option(10000, "images to draw")
     batch_size: int = changed(_Training, "batch_size", 16)
@@ -295,15 +304,6 @@ class SampleOptions:
         False, "noise of one Brownian path a sample, the same for any number of steps, in place of fresh noise"
     )
     classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
-    prompts: tuple = option(
-        (),
-        "texts to draw in turn, each in quotes, from a model of captioned images; encoded as its captions were",
-    )
-    prompt_vectors: str = option(
-        "",
-        "npy file of vectors [P,D] to draw in turn, where the texts' vectors were computed elsewhere; as many --prompts"
-        " name them",
-    )
     grid: bool = option(True, "also write a picture of the first samples")
     guidance_scale: float = option(
         1.0,
@@ -333,6 +333,46 @@ class SampleOptions:
         0.0,
         "quantile, as 0.995, of each predicted image's absolute values at which it is clipped and then scaled down to"
         " the range of pixels; 0: clip at that range",
+    )
+
+
+@dataclass
+class SampleOptions(_Sampling):
+    """sampling"""
+
+    prompts: tuple = option(
+        (),
+        "texts to draw in turn, each in quotes, from a model of captioned images; encoded as its captions were",
+    )
+    prompt_vectors: str = option(
+        "",
+        "npy file of vectors [P,D] to draw in turn, where the texts' vectors were computed elsewhere; as many --prompts"
+        " name them",
+    )
+
+
+@dataclass
+class SuperResSampleOptions(_Sampling):
+    """sampling"""
+
+    base_samples: str = option(
+        "",
+        "the images to enlarge: npz with arr_0 uint8 [N,h,w,C] of --small_size, and arr_1 their labels; or a folder of"
+        " images, which are cropped and brought to that size",
+    )
+    num_samples: int = changed(
+        _Sampling, "num_samples", 10000, "images to draw, of the base samples in their order; no more than there are"
+    )
+    repeat_base: bool = option(False, "begin again with the first base sample where --num_samples are more than those")
+    classes: str = changed(
+        _Sampling, "classes", "", "labels or class names of the base samples in turn, as 3,7; empty: their own"
+    )
+    label_from: str = changed(_Training, "label_from", "auto")
+    low_res_noise: float = changed(
+        SuperResTrainOptions,
+        "low_res_noise",
+        0.0,
+        "standard deviation of the noise added to the base samples, of which pixels span -1 to 1",
     )
 
 
@@ -430,6 +470,23 @@ class InpaintOptions(_OfImages):
         ClassifierSampleOptions, "classifier_path", "", "checkpoint of a classifier of clean images, which says what is"
         " restored",
     )  # fmt: skip
+
+
+@dataclass
+class NLLOptions:
+    """likelihood"""
+
+    model_path: str = changed(SampleOptions, "model_path", "")
+    data_dir: str = changed(
+        _Training, "data_dir", "", "folder or file of images, best such as the model was not trained on"
+    )
+    label_from: str = changed(_Training, "label_from", "auto")
+    clip_denoised: bool = changed(SampleOptions, "clip_denoised", True)
+    num_samples: int = changed(
+        SampleOptions, "num_samples", 1000, "images to score, each once; no more than there are"
+    )
+    batch_size: int = changed(_Training, "batch_size", 1)
+    num_workers: int = changed(_Training, "num_workers", 1)
 
 
 @dataclass
@@ -663,6 +720,25 @@ def levels(channel_mult, image_size, super_res=False, film=False):
     """
     default = (1, 2, 4, 8) if film else None
     return parse_channel_mult(channel_mult) or default or default_channel_mult(image_size, super_res)
+
+
+def side_of(flags):
+    """Height and width in pixels of the images that a network of these flags makes or reads."""
+    return flags["large_size"] if "large_size" in flags else flags["image_size"]
+
+
+def check_counts(args):
+    """Raise ValueError unless there is an image to draw or score, and one at a time at least."""
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+
+
+def check_sides(flags):
+    """Raise ValueError unless a super-resolution network of these flags has small images to enlarge."""
+    small, large = flags["small_size"], flags["large_size"]
+    if not 1 <= small < large:
+        raise ValueError(f"--small_size {small} must be from 1 to below --large_size {large}")
 
 
 def attention_downsampling(text, image_size):

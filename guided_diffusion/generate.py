@@ -49,7 +49,7 @@ def sample_stream(
     seed=0,
     labels=None,
     num_classes=0,
-    vectors=None,
+    given=None,
     rule=None,
     path=None,
     clip_denoised=True,
@@ -67,11 +67,10 @@ def sample_stream(
     """
     Draw this rank's samples batch by batch and yield `(indices, x [n,C,H,W] in [-1,1], labels [n] or None)`.
 
-    :param model: `(x, timesteps, y=None, vector=None)`; without classes it is called without y, without vectors without
-        vector.
+    :param model: `(x, timesteps, y=None, **given)`; without classes it is called without y.
     :param shape: of one sample, (C, H, W).
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
-    :param vectors: float [P,D], given to the samples in turn, or None.
+    :param given: {name: function of the indices} of what else the model is told of the samples, each [n, ...].
     :param rule: a step rule, which walks all rows of the process; None: what `planned` makes of `walk`.
     :param path: the process of all rows whose Brownian paths are the noise, so that it does not depend on the number of
         steps (`sampling.BrownianNoise`); None: fresh noise in every step.
@@ -94,8 +93,7 @@ def sample_stream(
             if labels is not None:
                 y = th.tensor([labels[i] for i in indices], device=device)
             cond = {} if y is None else {"y": y}
-            if vectors is not None:
-                cond["vector"] = vectors[[i % len(vectors) for i in indices]].to(device)
+            cond |= {name: of(indices).to(device) for name, of in (given or {}).items()}
             start = noise.normal(*shape)
             noise = sampling.BrownianNoise(seed, indices, path, device) if path else noise
             steps = sampling.sample(diffusion, predict, rule, start, noise=noise, cond=cond)

@@ -27,6 +27,16 @@ def to_uint8(x):
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [N,H,W,C]
 
 
+def from_uint8(images):
+    """uint8 [N,H,W,C], array or tensor -> float32 [N,C,H,W] in [-1,1], as training reads images."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1               # [N,C,H,W]
+
+
+def nearest_uint8(x):
+    """The inverse of `from_uint8`: rounded, not truncated as drawn samples are, so that pixels come back exactly."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [N,H,W,C]
+
+
 def psnr(x, truth):
     """Peak signal-to-noise ratio of [N,C,H,W] in [-1,1], in dB: 10 log10(4 / mean square error), [N]; inf if equal."""
     return 10 * torch.log10(4 / (x - truth).square().flatten(1).mean(1))

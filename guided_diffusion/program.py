@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch as th
@@ -10,7 +11,7 @@ import torch as th
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, runs, text
 from .generate import collect, planned, sample_stream, save_samples
 from .image_datasets import load_data
-from .script_util import open_diffusion
+from .script_util import open_diffusion, open_super_res
 
 
 def start(args, *settled_later):
@@ -83,7 +84,7 @@ def text_encoder(path):
 
 def log_network(path, flags):
     """Log what a checkpoint turned out to be: its options that are not the defaults."""
-    groups = config.ModelOptions, config.ClassifierOptions, config.DiffusionOptions
+    groups = config.ModelOptions, config.SuperResOptions, config.ClassifierOptions, config.DiffusionOptions
     usual = config.defaults(*groups)
     told = [f"{name} {value}" for name, value in flags.items() if value != usual[name]]
     logger.log(f"{path}: {', '.join(told) or 'all options at their defaults'}")
@@ -140,7 +141,7 @@ def open_data(args, flags, data_dir, **how):
     data = load_data(
         data_dir=data_dir,
         batch_size=args.batch_size,
-        image_size=flags["image_size"],
+        image_size=config.side_of(flags),
         image_channels=flags["image_channels"],
         num_classes=flags["num_classes"],
         num_workers=args.num_workers,
@@ -189,6 +190,12 @@ def open_images(args, flags, labelled):
     if labels is None and labelled:
         labels = [each["y"].item() for each in cond]
     return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
+
+
+def dropping(flags):
+    """What training does with the conditions of a network of these flags: `Trainer`'s drop, or None."""
+    null = config.nulls(flags)
+    return partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
 
 
 def alone():
@@ -367,9 +374,10 @@ def walk_of(args):
 def worse_model(args, flags):
     """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
     explicit = {"timestep_respacing": flags["timestep_respacing"]}
-    network, diffusion, its_flags = open_diffusion(args.guide_path, explicit, dist_util.dev())
-    names = "image_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"
-    for name in names.split():
+    opened = open_super_res if "large_size" in flags else open_diffusion
+    network, diffusion, its_flags = opened(args.guide_path, explicit, dist_util.dev())
+    names = "image_size large_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"
+    for name in flags.keys() & set(names.split()):
         if flags[name] != its_flags[name]:
             raise ValueError(
                 f"--guide_path: the model has {name} {flags[name]} and {args.guide_path} has {its_flags[name]}: only a"
@@ -386,32 +394,41 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     """
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
-    labels = config.parse_classes(args.classes, num_classes, args.num_samples, names)
-    full = diffusion
+    labels, vectors = config.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
+    given = {} if vectors is None else {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
+    how = {"labels": labels, "num_classes": num_classes, "given": given}
+    result = draw(args, diffusion, model, flags, args.num_samples, cond_fn, **how)
+    if result is not None:
+        logger.log(f"samples: {save_samples(folder, *result, names, args.grid, args.prompts)}")
+    dist_util.barrier()
+
+
+def draw(args, diffusion, model, flags, count, cond_fn=None, **how):
+    """
+    Draw `count` samples as the options of sampling say, by all processes. Returns what `collect` does.
+
+    :param cond_fn: see `steer_of`.
+    :param how: what each sample is conditioned on, as `sample_stream` takes it.
+    """
+    full, side = diffusion, config.side_of(flags)
     rule, diffusion = planned(full, **walk_of(args))
-    guide = guide_of(args, flags, diffusion)
     stream = sample_stream(
         diffusion,
         model,
-        shape=(flags["image_channels"], flags["image_size"], flags["image_size"]),
-        num_samples=args.num_samples,
+        shape=(flags["image_channels"], side, side),
+        num_samples=count,
         batch_size=args.batch_size,
         seed=args.seed,
-        labels=labels,
-        num_classes=num_classes,
-        vectors=vectors_of(args, flags),
         rule=rule,
         path=full if args.brownian else None,
         clip_denoised=args.clip_denoised,
         denoised_fn=guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
-        guide=guide,
+        guide=guide_of(args, flags, diffusion),
         steer=steer_of(args, diffusion, cond_fn),
         device=dist_util.dev(),
         rank=dist_util.rank(),
         num_ranks=dist_util.world_size(),
         progress=True,
+        **how,
     )
-    result = collect(stream)
-    if result is not None:
-        logger.log(f"samples: {save_samples(folder, *result, names, args.grid, args.prompts)}")
-    dist_util.barrier()
+    return collect(stream)

@@ -336,6 +336,13 @@ def open_diffusion(path, explicit_flags=None, device="cpu"):
     return network, _process(flags), flags
 
 
+def open_super_res(path, explicit_flags=None, device="cpu"):
+    """The super-resolution model of a checkpoint and its process, and their options; all as open_diffusion."""
+    options = sr_model_and_diffusion_defaults()
+    network, flags = _open(path, "super_res", sr_create_model, options, "use_fp16", explicit_flags or {}, device)
+    return network, _process(flags), flags
+
+
 def open_classifier(path, explicit_flags=None, device="cpu"):
     """
     The classifier of a checkpoint: (network in evaluation mode, {name: value}); all as open_diffusion. The flags of
@@ -377,7 +384,7 @@ def _flags_of_config(path, kind, known):
 
 
 def _check_agreement(path, kind, state, flags, explicit, told):
-    inferred = checkpoint.infer_flags(state, flags["image_size"], flags["image_channels"], path)
+    inferred = checkpoint.infer_flags(state, config.side_of(flags), flags["image_channels"], path)
     if inferred["kind"] != kind:
         raise ValueError(f"{path} holds a {inferred['kind']} network, but a {kind} one is needed")
     for name, truth in checkpoint.misfits(flags, inferred).items():

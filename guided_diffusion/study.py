@@ -72,8 +72,7 @@ def pack(data, path, image_size, most=10000):
     how = {"data_dir": str(data), "image_size": image_size, "image_channels": 1, "class_cond": True, "num_workers": 0}
     count = min(most, load_data(**how, batch_size=1, deterministic=True).num_images)
     x, cond = next(load_data(**how, batch_size=count, deterministic=True, random_flip=False))
-    pixels = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # [N,S,S,1]
-    np.savez(path, arr_0=pixels.numpy(), arr_1=cond["y"].numpy())
+    np.savez(path, arr_0=pictures.nearest_uint8(x).numpy(), arr_1=cond["y"].numpy())
     return path
 
 

@@ -18,11 +18,13 @@ from .sharding import shard
 from .tally import Tally, merged
 from .tasks import ClassifierTask as ClassifierTask
 from .tasks import DiffusionTask as DiffusionTask
+from .tasks import SuperResTask as SuperResTask
 from .tasks import compute_top_k as compute_top_k
 
 STATE_FORMAT = 1
-# First words of seeds, which keep the families of random numbers apart: of training, and of validation.
-_TRAIN, _VALIDATE = 0, 1
+# First words of seeds, which keep the families of random numbers apart: of training, of validation, and of what either
+# is conditioned on.
+_TRAIN, _VALIDATE, _CONDITION = 0, 1, 2
 
 
 class Trainer:
@@ -287,9 +289,12 @@ class Trainer:
         x0 = x0.to(self.device, non_blocking=True)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
         t, weights = (each[rank::ranks] for each in self.task.draw(len(x0) * ranks, self.device, rng))
+        places, share = range(rank, len(x0) * ranks, ranks), Share(rng, rank, ranks)
         if self.drop and family == _TRAIN:
-            cond = self.drop(cond, Share(rng, rank, ranks))
-        places = range(rank, len(x0) * ranks, ranks)
+            cond = self.drop(cond, share)
+        if hasattr(self.task, "condition"):
+            words = (_CONDITION + family, self.seed, self.step)
+            cond = self.task.condition(x0, cond, share, lambda x: noise_like(x, words, places))
         return x0, cond, t, weights, noise_like(x0, (family, self.seed, self.step), places)
 
     def _gradient_norm(self):

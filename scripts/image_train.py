@@ -1,8 +1,6 @@
 """Train a diffusion model on images."""
 
-from functools import partial
-
-from guided_diffusion import config, guidance, program
+from guided_diffusion import config, program
 from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -14,8 +12,6 @@ def main():
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "diffusion", ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
-    null = config.nulls(flags)
-    drop = partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
     data = program.open_training_data(args, flags, flags["class_cond"])
     loop = TrainLoop(
         model=model.to(device),
@@ -30,7 +26,7 @@ def main():
         ema_power=args.ema_power,
         val_data=program.open_validation_data(args, flags, flags["class_cond"], data.class_names),
         lr_anneal_steps=args.lr_anneal_steps,
-        drop=drop,
+        drop=program.dropping(flags),
         **program.loop_options(args, flags),
     )
     texts = {"text_encoder": data.text_encoder} if data.text_encoder else {}

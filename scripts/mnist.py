@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch as th
 
 from evaluations.features import ClassifierExtractor
 from evaluations.judge import judged, mean_and_error
@@ -123,7 +122,7 @@ def draw_pictures(work, args, model_path, rows):
     folder = work.out / "pictures"
     with np.load(work.out / "held_out.npz", allow_pickle=False) as real:
         first = [np.flatnonzero(real["arr_1"] == label)[0] for label in range(10)]
-        images = th.from_numpy(real["arr_0"][first]).permute(0, 3, 1, 2) / 127.5 - 1              # [10,1,S,S]
+        images = pictures.from_uint8(real["arr_0"][first])                                      # [10,1,S,S]
     _, full, _ = open_diffusion(str(model_path))
     study.save_noising(folder / "noising.png", full, images)
     model, diffusion, flags = open_diffusion(str(model_path), {"timestep_respacing": str(args.steps)})

@@ -16,9 +16,12 @@ from guided_diffusion.config import (
     ClassifierTrainOptions,
     DiffusionOptions,
     ModelOptions,
+    NLLOptions,
     RunOptions,
     SampleOptions,
     SuperResOptions,
+    SuperResSampleOptions,
+    SuperResTrainOptions,
     TrainOptions,
 )
 
@@ -82,6 +85,8 @@ MORE_STEERING = {
     "classifier_every": 1, "guidance_at": "x_t",
 }
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
+MORE_SUPER_RES = {"channel_mult": "", "use_new_attention_order": False}
+ENLARGING = {name: value for name, value in MORE_SAMPLING.items() if name not in ("prompts", "prompt_vectors")}
 
 PROGRAMS = {
     "image_train": (
@@ -109,11 +114,24 @@ PROGRAMS = {
         RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING | MORE_STEERING | MORE_CLASSIFIER,
     ),
     "super_res_train": (
-        (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
+        (SuperResTrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
         TRAIN | SUPER_RES | DIFFUSION,
         34,
-        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | MORE_AVERAGES
-        | {"channel_mult": "", "use_new_attention_order": False},
+        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | MORE_AVERAGES | MORE_SUPER_RES | {"low_res_noise": 0.0},
+    ),
+    "super_res_sample": (
+        (SuperResSampleOptions, SuperResOptions, DiffusionOptions, RunOptions),
+        SAMPLE | {"base_samples": ""} | SUPER_RES | DIFFUSION,
+        28,
+        RUN | DATA | PROCESS | DROPOUT | ENLARGING | MORE_SUPER_RES
+        | {"repeat_base": False, "label_from": "auto", "low_res_noise": 0.0},
+    ),
+    "image_nll": (
+        (NLLOptions, ModelOptions, DiffusionOptions, RunOptions),
+        {"data_dir": "", "clip_denoised": True, "num_samples": 1000, "batch_size": 1, "model_path": ""}
+        | MODEL | DIFFUSION,
+        28,
+        RUN | DATA | PROCESS | MORE_MODEL | {"label_from": "auto", "num_workers": 1},
     ),
 }
 EVERY_GROUP = {group for groups, *_ in PROGRAMS.values() for group in groups}

@@ -27,7 +27,7 @@ NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
     "toy_models arrays",
     "config pictures image_datasets download text",
-    "diffunet",
+    "diffunet super_res",
     "checkpoint",
     "dist_util",
     "sharding",
