@@ -98,7 +98,7 @@ def save_strips(args, encoder, captions, texts, scales):
     study.save_noising(folder / "noising.png", open_diffusion(args.model_path)[1], images)
     for scale in (min(scales), max(scales)):
         what, how = asked(args, encoder, texts, scale)
-        after, frames = study.reverse_process(**what, **how, count=len(texts))
+        after, frames = generate.reverse_process(**what, **how, count=len(texts))
         walks.append(np.stack(frames))                                                             # [S,5,H,W,C]
     frames = np.stack(walks, 2).reshape(len(after), -1, *walks[0].shape[2:])                       # [S,10,H,W,C]
     names = [f"{each}, scale {scale:g}" for each in texts for scale in (min(scales), max(scales))]

@@ -303,8 +303,18 @@ class _Sampling:
     brownian: bool = option(
         False, "noise of one Brownian path a sample, the same for any number of steps, in place of fresh noise"
     )
-    classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
+    classes: str = option(
+        "",
+        "labels or class names to draw in turn, as 3,7; all: every class in turn; with numbers of images, as"
+        " 3:100,7:50, so many of each, one after the other; empty: random",
+    )
+    save_as: str = option(
+        "npz", "files for the samples: npz; png, a folder of pictures named CLASS_NUMBER; zip, of the same; or several"
+    )
     grid: bool = option(True, "also write a picture of the first samples")
+    frames: int = option(
+        0, "also write a strip and a film (GIF) of the first samples on their way, in so many frames; 0: none"
+    )
     guidance_scale: float = option(
         1.0,
         "classifier-free guidance, from the unconditional prediction towards the conditional one and beyond; 1: the"
@@ -753,7 +763,8 @@ def parse_classes(text, num_classes, count, class_names=None):
     """
     The labels of `count` images from --classes.
 
-    :param text: '' for random labels; 'all' for 0..num_classes-1 in turn; or labels in turn, as '3,7'.
+    :param text: '' for random labels; 'all' for 0..num_classes-1 in turn; labels in turn, as '3,7'; or with how
+        many of each, as '3:100,7:50'.
     :param class_names: names by label; with them a word that is no number may be a name.
     :return: list of `count` labels, or None for random ones.
     :raises ValueError: for a label out of range or an unknown name.
@@ -762,9 +773,23 @@ def parse_classes(text, num_classes, count, class_names=None):
         return None
     if text == "all":
         wanted = range(num_classes)
+    elif ":" in text:
+        return _quotas(text, num_classes, count, class_names or [])
     else:
         wanted = [_label(word.strip(), num_classes, class_names or []) for word in text.split(",")]
     return [wanted[i % len(wanted)] for i in range(count)]
+
+
+def _quotas(text, num_classes, count, class_names):
+    labels = []
+    for part in text.split(","):
+        word, colon, number = part.rpartition(":")
+        if not colon or not number.strip().isdigit():
+            raise ValueError(f"cannot read {part!r} in --classes {text}: give each class a number, as 3:100,7:50")
+        labels += [_label(word.strip(), num_classes, class_names)] * int(number)
+    if len(labels) != count:
+        raise ValueError(f"--classes {text} are {len(labels)} images: give --num_samples {len(labels)}, not {count}")
+    return labels
 
 
 def _label(word, num_classes, class_names):

@@ -93,6 +93,25 @@ def save_grid(path, images, columns, **captions):
     grid(images, columns, **captions).save(path)
 
 
+def as_png(pixels):
+    """The bytes of a PNG of uint8 [H,W,C], C 1, 3 or 4; the same for the same pixels."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def save_film(path, frames, columns, frame_ms=120, last_ms=1500, **captions):
+    """A GIF whose frames are grids of samples, the last one staying longest; frames: S times uint8 [N,H,W,C]."""
+    _make_folder(path)
+    shown = [grid(frame, columns, **captions) for frame in frames]
+    durations = [frame_ms] * (len(shown) - 1) + [last_ms]
+    shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0)
+
+
 def strip(frames, **captions):
     """A grid whose columns are the steps of a process and whose rows are samples; frames: S times uint8 [N,H,W,C]."""
     images = np.stack([np.asarray(frame) for frame in frames], axis=1)  # [N,S,H,W,C]

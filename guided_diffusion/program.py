@@ -1,6 +1,7 @@
 """What every program does first: find its processes and device, its folder and its log."""
 
 import argparse
+import math
 import os
 import sys
 from functools import partial
@@ -9,8 +10,9 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, runs, text
-from .generate import collect, planned, sample_stream, save_samples
+from .generate import planned, sample_stream, save_class_grid, save_frames
 from .image_datasets import load_data
+from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
 
 
@@ -397,38 +399,66 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     labels, vectors = config.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
     given = {} if vectors is None else {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
     how = {"labels": labels, "num_classes": num_classes, "given": given}
-    result = draw(args, diffusion, model, flags, args.num_samples, cond_fn, **how)
-    if result is not None:
-        logger.log(f"samples: {save_samples(folder, *result, names, args.grid, args.prompts)}")
+    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, **how)
+    if dist_util.is_main() and not store.finished:
+        labels, more = store.labels, {}
+        if args.prompts:
+            names, labels = list(args.prompts), np.arange(args.num_samples) % len(args.prompts)
+            more["texts"] = np.array(names)[labels]
+        if args.grid:
+            save_class_grid(f"{store.path}.png", store.images, labels, names)
+        store.finish(None if args.prompts else names, **more)
+        logger.log(f"samples: {', '.join(map(store.path_of, store.kinds))}")
     dist_util.barrier()
 
 
-def draw(args, diffusion, model, flags, count, cond_fn=None, **how):
+def draw(args, folder, diffusion, model, flags, count, cond_fn=None, **how):
     """
-    Draw `count` samples as the options of sampling say, by all processes. Returns what `collect` does.
+    Draw `count` samples as the options of sampling say, by all processes, beginning where a run that was broken off
+    stopped. Returns their SampleStore, `finished` if there was nothing left to do.
 
     :param cond_fn: see `steer_of`.
     :param how: what each sample is conditioned on, as `sample_stream` takes it.
     """
+    config.check_counts(args)
+    if args.frames < 0 or args.frames == 1:
+        raise ValueError(f"--frames is how many pictures a walk is shown in, 2 or more, or 0, not {args.frames}")
     full, side = diffusion, config.side_of(flags)
     rule, diffusion = planned(full, **walk_of(args))
+    how |= {
+        "shape": (flags["image_channels"], side, side),
+        "seed": args.seed,
+        "rule": rule,
+        "path": full if args.brownian else None,
+        "clip_denoised": args.clip_denoised,
+        "denoised_fn": guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
+        "guide": guide_of(args, flags, diffusion),
+        "steer": steer_of(args, diffusion, cond_fn),
+        "device": dist_util.dev(),
+    }
+    store = SampleStore(folder, (count, side, side, flags["image_channels"]), plan_of(args, flags),
+                        parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
+    if store.finished:
+        logger.log(f"{store.path} is finished already: delete {store.path}.json to draw it again")
+        return store
+    ranks, batches = dist_util.world_size(), math.ceil(count / args.batch_size)
+    if batches < ranks:
+        logger.warn(
+            f"{count} samples in batches of {args.batch_size} give work to {batches} of {ranks} processes: lower"
+            f" --batch_size to {math.ceil(count / ranks)}"
+        )
     stream = sample_stream(
         diffusion,
         model,
-        shape=(flags["image_channels"], side, side),
         num_samples=count,
         batch_size=args.batch_size,
-        seed=args.seed,
-        rule=rule,
-        path=full if args.brownian else None,
-        clip_denoised=args.clip_denoised,
-        denoised_fn=guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
-        guide=guide_of(args, flags, diffusion),
-        steer=steer_of(args, diffusion, cond_fn),
-        device=dist_util.dev(),
         rank=dist_util.rank(),
-        num_ranks=dist_util.world_size(),
+        num_ranks=ranks,
         progress=True,
+        skip=store.has,
         **how,
     )
-    return collect(stream)
+    drain(stream, store)
+    if args.frames and dist_util.is_main():
+        save_frames(store.path, diffusion, model, min(count, 8), args.frames, **how)
+    return store

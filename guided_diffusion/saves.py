@@ -177,7 +177,7 @@ def problem(folder, step, names):
     for name, expected in listed.items():
         if name not in names:
             return f"{name} is missing"
-        size, digest = _measure(os.path.join(folder, name))
+        size, digest = measure(os.path.join(folder, name))
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}"
         if digest != expected["sha256"]:
@@ -198,7 +198,8 @@ def _read_commit(path):
         raise ValueError(f"{os.path.basename(path)} cannot be read ({error})") from error
 
 
-def _measure(path):
+def measure(path):
+    """(bytes, SHA-256 in hex) of a file."""
     digest, size = hashlib.sha256(), 0
     with checkpoint.reading(path) as file:
         while block := file.read(1 << 20):

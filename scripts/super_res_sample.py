@@ -2,7 +2,7 @@
 
 import os
 
-from guided_diffusion import config, dist_util, generate, logger, program, super_res
+from guided_diffusion import config, dist_util, logger, program, super_res
 from guided_diffusion.config import DiffusionOptions, RunOptions, SuperResOptions, SuperResSampleOptions
 from guided_diffusion.script_util import open_super_res
 
@@ -26,11 +26,12 @@ def main():
         return model(x, t, y=y if conditional else None, **cond)
 
     how = {"labels": labels, "given": {"low_res": base.batch}}
-    drawn = program.draw(args, diffusion, model_fn, flags, count, **how)
-    if drawn is not None:
-        logger.log(f"samples: {generate.save_samples(folder, *drawn, picture=False)}")
+    store = program.draw(args, folder, diffusion, model_fn, flags, count, **how)
+    if dist_util.is_main() and not store.finished:
         if args.grid:
-            super_res.save_pairs(os.path.join(folder, "enlarged.png"), base, drawn[0])
+            super_res.save_pairs(os.path.join(folder, "enlarged.png"), base, store.images)
+        store.finish(names)
+        logger.log(f"samples: {', '.join(map(store.path_of, store.kinds))}")
     dist_util.barrier()
 
 

@@ -75,7 +75,7 @@ MORE_AVERAGES = {
 DROPOUT = {"class_dropout": 0.0}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
-    "classes": "", "grid": True, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
+    "classes": "", "save_as": "npz", "grid": True, "frames": 0, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
     "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
     "guide_path": "", "guidance_interval": "", "prompts": (), "prompt_vectors": "",
     "guidance_projected": 1.0, "dynamic_threshold": 0.0, "sampler_options": "", "brownian": False,

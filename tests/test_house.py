@@ -32,7 +32,7 @@ MACHINERY = [
     "dist_util",
     "sharding",
     "logger saves ema health memory",
-    "fp16_util generate tally tasks runs",
+    "fp16_util generate tally tasks runs sample_store",
     "train_util script_util",
     "program study",
     "doctor",

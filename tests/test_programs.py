@@ -404,7 +404,7 @@ def test_a_path_is_enough_to_sample(plain, home):
     assert re.search(r"sampling: 100%.* 8/8 \[00:\d\d<00:00, +[\d.]+step/s, images=5/5\]", said.stderr)
     assert "samples: path_is_enough/samples_5x8x8x1.npz" in said.stdout
     folder = home / "path_is_enough"
-    assert names(folder) == ["log.txt", "samples_5x8x8x1.npz", "samples_5x8x8x1.png"]
+    assert names(folder) == ["log.txt", *(f"samples_5x8x8x1.{kind}" for kind in ("json", "npz", "png"))]
     _, images, labels = samples(folder)
     assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8 and labels is None
     assert min(Image.open(folder / "samples_5x8x8x1.png").size) > 40
@@ -416,7 +416,7 @@ def test_s08_34_pixels_are_truncated_and_the_name_tells_how_many(cond, tmp_path)
     done("image_sample", f"--model_path {path} --num_samples 7 --batch_size 4 --seed 5 --timestep_respacing 3"
          f" --grid False --log_dir {tmp_path}")  # fmt: skip
     name, images, labels = samples(tmp_path)
-    assert name == "samples_7x8x8x1.npz" and names(tmp_path) == ["log.txt", name]
+    assert name == "samples_7x8x8x1.npz" and names(tmp_path) == ["log.txt", "samples_7x8x8x1.json", name]
     assert images.dtype == np.uint8 and labels.dtype == np.int64 and labels.shape == (7,)
     model, diffusion, _ = open_diffusion(path, {"timestep_respacing": "3"})
     stream = generate.sample_stream(
@@ -473,19 +473,18 @@ def floats(monkeypatch):
     """The samples [N,C,H,W] of each program that runs, before they become bytes."""
     seen = []
 
-    def watched(stream):
+    def watched(stream, store):
         def copied():
             for indices, x, y in stream:
                 parts.append(x)
                 yield indices, x, y
 
         parts = []
-        result = collect(copied())
+        drain(copied(), store)
         seen.append(th.cat(parts))
-        return result
 
-    collect = program.collect
-    monkeypatch.setattr(program, "collect", watched)
+    drain = program.drain
+    monkeypatch.setattr(program, "drain", watched)
     return seen
 
 
@@ -918,7 +917,7 @@ def test_samples_that_are_not_numbers_are_not_written(plain, tmp_path):
     checkpoint.save(state, model_of(folder))
     refused("image_sample", f"--model_path {model_of(folder)} --num_samples 3 --batch_size 2 --timestep_respacing 2"
             f" --log_dir {tmp_path}/out", r"not finite for samples \[0, 1\]")  # fmt: skip
-    assert names(tmp_path / "out") == ["log.txt"]
+    assert names(tmp_path / "out") == ["log.txt", "samples_3x8x8x1.partial"]
 
 
 def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):
