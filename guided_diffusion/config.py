@@ -169,6 +169,11 @@ class RunOptions:
     seed: int = option(0, "seed of everything random: the same seed and options give the same run")
     device: str = option("", "cpu, cuda, cuda:1, mps...; empty: a GPU if there is one")
     log_dir: str = option("", "folder for everything written; empty: $OPENAI_LOGDIR, else a new temporary folder")
+    log_formats: str = option(
+        "",
+        "where the log goes: stdout, log, csv, json, jsonl, tensorboard, wandb, with commas between; empty:"
+        " $OPENAI_LOG_FORMAT, else stdout,log,csv",
+    )
 
 
 @dataclass
@@ -260,6 +265,25 @@ class TrainOptions(_Training):
         True, "limit the decay to (1 + step) / (10 + step), so that averages forget the random start"
     )
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the loss scale after each good update in fp16")
+
+
+@dataclass
+class WatchOptions:
+    """watching"""
+
+    sample_interval: int = option(
+        0, "updates between two pictures of samples, drawn with the first of the averaged weights; 0: none"
+    )
+    eval_every: int = option(
+        0,
+        "updates between two Frechet distances of such samples to the held-out images, or else the training images, in"
+        " the log as fid; 0: none",
+    )
+    eval_samples: int = option(500, "samples, and at most as many images of the data, for --eval_every")
+    eval_extractor: str = option(
+        "inception", "whose features --eval_every compares: inception, or the checkpoint of a classifier of such images"
+    )
+    sample_steps: int = option(50, "steps of DDIM for these samples")
 
 
 @dataclass
@@ -735,6 +759,20 @@ def levels(channel_mult, image_size, super_res=False, film=False):
 def side_of(flags):
     """Height and width in pixels of the images that a network of these flags makes or reads."""
     return flags["large_size"] if "large_size" in flags else flags["image_size"]
+
+
+def check_watching(args):
+    """Raise ValueError if WatchOptions are out of range, or cannot be had with the other options."""
+    for name, least in (("sample_interval", 0), ("eval_every", 0), ("eval_samples", 2), ("sample_steps", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+    if args.sharding != "none" and (args.sample_interval or args.eval_every):
+        raise ValueError("--sample_interval and --eval_every draw with a whole network: not with --sharding fsdp")
+
+
+def log_formats(args, main):
+    """The names of log writers that --log_formats asks for on the main process, or None for the usual ones."""
+    return args.log_formats.split(",") if args.log_formats and main else None
 
 
 def check_counts(args):

@@ -36,9 +36,9 @@ def start(args, *settled_later):
         checkpoint.check_writable(folder)
         taken = dist_util.from_main(runs.take_up, log_dir, folder, args.resume, args.resume_checkpoint)
         args.resume_checkpoint, said = taken
-        logger.configure(dir=log_dir)
+        logger.configure(dir=log_dir, format_strs=config.log_formats(args, dist_util.is_main()))
     else:
-        logger.configure(dir=folder)
+        logger.configure(dir=folder, format_strs=config.log_formats(args, dist_util.is_main()))
     for line in said:
         logger.warn(line)
     th.manual_seed(args.seed)  # of the weights that training starts from; all else has generators of its own

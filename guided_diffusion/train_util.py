@@ -58,6 +58,8 @@ class Trainer:
     :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
         `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
     :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
+    :param watchers: (interval, function) pairs: after so many updates the function is called with the trainer, on every
+        process, and may put numbers into the next row of the log.
     :param folder: of the checkpoints, any path that blobfile writes; None: that of the log.
     """
 
@@ -95,6 +97,7 @@ class Trainer:
         progress=False,
         sharding="none",
         drop=None,
+        watchers=(),
         flags=None,
         folder=None,
     ):
@@ -117,7 +120,7 @@ class Trainer:
         self.averages = list(averages)
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
         self.max_bad_steps, self.val_data = max_bad_steps, val_data
-        self.seed, self.progress, self.drop = seed, progress, drop
+        self.seed, self.progress, self.drop, self.watchers = seed, progress, drop, watchers
         self.step = self.saved_at = self.images = 0
         self.best = {"step": None, "val_loss": math.inf} if keep_best else None
         self.device = next(task.net.parameters()).device
@@ -175,6 +178,9 @@ class Trainer:
                 bar.update()
                 if self._due(self.eval_interval) and self.val_data is not None:
                     self.validate()
+                for interval, watch in self.watchers:
+                    if self._due(interval):
+                        watch(self)
                 if self.step == 1 or self._due(self.log_interval):
                     bar.set_postfix(loss=f"{self.dump_log():.4g}")
                 if self._due(self.save_interval):
@@ -380,6 +386,20 @@ class Trainer:
                 f"not finite: {where}. Stopped, and the last checkpoint (update {self.saved_at}) left as it is; lower "
                 "--lr, set --grad_clip 1, or look for bad values in the data"
             )
+
+    @contextlib.contextmanager
+    @th.no_grad()
+    def averaged(self):
+        """The network in evaluation mode, with the first average in place of its weights as long as the block lasts."""
+        params = self.mp_trainer.model_params
+        kept = [p.detach().clone() for p in params]
+        average = self.ema_params[0] if self.ema_params else self.mp_trainer.master_params
+        th._foreach_copy_(params, average)
+        try:
+            with health.evaluating(self.task.net):
+                yield self.task.net
+        finally:
+            th._foreach_copy_(params, kept)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

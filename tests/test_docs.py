@@ -19,6 +19,7 @@ TINY = [
     (r"_?00(\d)000\.pt", lambda m: m[0].replace(f"00{m[1]}000", f"00000{m[1]}")),
     (r"--num_samples 100\b", "--num_samples 6"),
     (r"samples_500x", "samples_20x"),
+    (r"samples_100x", "samples_6x"),
     (r"--batch_size \d+", "--batch_size 4"),
     (r"--timestep_respacing (ddim)?\d+", r"--timestep_respacing \g<1>5"),
     (r"(datasets/mnist.py .*)", r"\1 --source tiny_mnist.npz"),
@@ -141,13 +142,21 @@ def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     assert (tmp_path / "runs/latents/interpolation.png").exists() and list(tmp_path.glob("runs/decoded/samples_3x*"))
 
 
+def test_every_command_of_the_page_on_super_resolution(clone):
+    for command in commands(ROOT / "docs" / "super_resolution.md"):
+        shell(tiny(command), clone)
+    for name in ("enlarged", "cascade"):
+        assert {"samples_6x8x8x1.npz", "enlarged.png"} <= set(os.listdir(clone / "runs" / name))
+    assert (clone / "runs/bits_nll/nll.png").exists()
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_in_the_docs_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(path, "python")
     if found:
         exec(compile("\n".join(found), str(path), "exec"), {"__name__": "docs"})
-    assert found or path.name in ("training.md", "differences.md")
+    assert found or path.name in ("training.md", "differences.md", "super_resolution.md")
 
 
 def test_links_lead_somewhere():

@@ -33,7 +33,7 @@ MACHINERY = [
     "sharding",
     "logger saves ema health memory",
     "fp16_util generate tally tasks runs sample_store",
-    "train_util script_util",
+    "train_util script_util watch",
     "program study",
     "doctor",
 ]
