@@ -25,14 +25,15 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays",
+    "toy_models arrays presets",
     "config pictures image_datasets download text",
     "diffunet",
-    "checkpoint",
+    "checkpoint recognition published",
     "dist_util",
     "sharding",
     "logger saves ema health memory",
     "fp16_util generate tally tasks runs",
+    "identify",
     "train_util script_util",
     "program study",
     "doctor",
