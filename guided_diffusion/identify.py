@@ -51,7 +51,7 @@ def identify(path, kind, state, explicit=None, preset=""):
     inferred = _inferred(path, kind, state, flags)
     wrong = recognition.misfits(flags, inferred)
     for source, names in sources:
-        for name in wrong.keys() & names.keys():
+        for name in (name for name in wrong if name in names):
             what = f"{source}{name} {names[name]}"
             raise ValueError(f"{what} contradicts the weights of {path}, which say {name} {wrong[name]}")
     if not content:
