@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from . import config
+from . import config, tensor_files
 
 # ------------------------------------------------------------------------------------------------------------- names
 
@@ -139,10 +139,27 @@ def check_writable(folder):
         raise OSError(f"cannot write to the folder {folder} ({reason}): choose another --log_dir") from error
 
 
+def is_safetensors(path):
+    """Whether a path's name says that the file is of that format."""
+    return os.fspath(path).endswith(".safetensors")
+
+
 def save(obj, path):
-    """Write an object of tensors and plain values. Raises OSError, with an earlier file of that name left as it was."""
+    """
+    Write an object of tensors and plain values; NAME.safetensors: {name: tensor}. Raises OSError, with an earlier file
+    of that name left as it was.
+    """
+    if is_safetensors(path):
+        return save_safetensors(obj, path)
     with writing(os.fspath(path)) as file:
         torch.save(obj, file)
+
+
+def save_safetensors(tensors, path, content=None):
+    """Write {name: tensor} and, if given, the content of a config.json into one file, as `save`."""
+    texts = {"format": "pt"} | ({CONFIG_KEY: json.dumps(content, sort_keys=True)} if content else {})
+    with writing(os.fspath(path)) as file:
+        tensor_files.write(file, tensors, texts)
 
 
 def load(path, map_location="cpu"):
@@ -161,6 +178,9 @@ def load(path, map_location="cpu"):
     if os.path.isdir(path):
         held = latest(path)
         raise ValueError(f"{path} is a folder: give " + (f"the checkpoint in it, {held}" if held else "a checkpoint"))
+    if is_safetensors(path):
+        with reading(path) as file:
+            return tensor_files.read(file, path, map_location)
     try:
         with reading(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
@@ -187,6 +207,7 @@ def _why_unreadable(path, error):
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
+CONFIG_KEY = "guided_diffusion"  # of the text in a safetensors file that is its config.json
 # What a network computes does not depend on these, so a later run in the same folder may change them.
 PASSING = (
     "dropout classifier_dropout use_checkpoint use_fp16 classifier_use_fp16 timestep_respacing use_kl"
@@ -215,26 +236,40 @@ def write_config(folder, kind, flags, class_names=None, **extra):
                 f"{folder} holds checkpoints with {name} {known[name]}, which config.json must go on to tell: choose "
                 f"another --log_dir for {name} {flags[name]}"
             )
-    content = {"format": FORMAT, "kind": kind, "flags": flags, "class_names": class_names, **extra}
+    content = config_content(kind, flags, class_names, **extra)
     with writing(path) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
+def config_content(kind, flags, class_names=None, **extra):
+    """What config.json holds; as `write_config`."""
+    return {"format": FORMAT, "kind": kind, "flags": flags, "class_names": class_names, **extra}
+
+
 def where_config(path):
-    """What to call the config.json of a checkpoint in messages."""
-    return f"{CONFIG_NAME} beside {path}"
+    """What to call the config.json of a checkpoint, or what a safetensors file holds in its place, in messages."""
+    return f"{CONFIG_NAME} {'inside' if _config_inside(path) else 'beside'} {path}"
+
+
+def _config_inside(path):
+    if not is_safetensors(path) or not exists(path):
+        return None
+    with reading(path) as file:
+        return tensor_files.read_texts(file, path).get(CONFIG_KEY)
 
 
 def read_config(checkpoint_path):
     """
-    The content of the config.json beside a checkpoint: dict with format, kind, flags, class_names and more, or None
-    if there is none. Raises ValueError if it cannot be read.
+    The content of the config.json inside a safetensors file or beside a checkpoint: dict with format, kind, flags,
+    class_names and more, or None if there is none. Raises ValueError if it cannot be read.
     """
-    path = os.path.join(os.path.dirname(os.fspath(checkpoint_path)), CONFIG_NAME)
-    if not exists(path):
-        return None
-    with reading(path) as file:
-        text = file.read()
+    path, text = os.fspath(checkpoint_path), _config_inside(checkpoint_path)
+    if text is None:
+        path = os.path.join(os.path.dirname(path), CONFIG_NAME)
+        if not exists(path):
+            return None
+        with reading(path) as file:
+            text = file.read()
     try:
         content = json.loads(text)
     except ValueError as error:

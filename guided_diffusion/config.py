@@ -463,6 +463,15 @@ class PosthocOptions:
 
 
 @dataclass
+class ConvertOptions:
+    """conversion"""
+
+    preset: str = changed(
+        RunOptions, "preset", "", "the source is the published model of that name, whatever its file is called"
+    )
+
+
+@dataclass
 class DoctorOptions:
     """doctor"""
 

@@ -51,7 +51,7 @@ def _infer(shapes, image_size, image_channels, depth):
         starts = range(1, _blocks(shapes)[-1] + 1, entries)  # the first residual block of each level
         widths = [shapes[f"input_blocks.{n}.0.in_layers.2.weight"][0] for n in starts]
         trunk["num_res_blocks"] = entries - 1
-        trunk["channel_mult"] = ",".join(_factor(width, base) for width in widths)
+        trunk["channel_mult"] = ",".join(factor(width, base) for width in widths)
         if len(starts) > 1:
             trunk |= _resampling(shapes, entries, is_unet)
         if _pool_side(shapes):
@@ -81,7 +81,7 @@ def _infer_film(shapes):
         "class_cond": False,
         "vector_channels": shapes.get("condition_mlp.0.weight", (0, 0))[1],
         "num_channels": base,
-        "channel_mult": ",".join(_factor(shapes[f"downs.{i}.2.weight"][0], base) for i in stages),
+        "channel_mult": ",".join(factor(shapes[f"downs.{i}.2.weight"][0], base) for i in stages),
         "attention_downsampling": (),
     }
 
@@ -187,7 +187,7 @@ def _could_be_levels(shapes, entries, total):
     return all(n % entries == 1 for n in widened) and attentive == whole
 
 
-def _factor(width, base):
+def factor(width, base):
     """The text of --channel_mult for which int(factor * base) is the width."""
     ratio = width / base
     if int(ratio * base) < width:

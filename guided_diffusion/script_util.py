@@ -319,6 +319,12 @@ def create_classifier_and_diffusion(flags):
     return _call(create_classifier, flags), _process(flags)
 
 
+def build(kind, flags):
+    """The network of a kind, as config.json names it, from {name: value} of all its options."""
+    create = {"diffusion": create_model, "super_res": sr_create_model, "classifier": create_classifier}[kind]
+    return _call(create, flags)
+
+
 # ----------------------------------------------------------------------------------------------- a checkpoint's path
 
 
@@ -334,13 +340,13 @@ def open_diffusion(path, explicit_flags=None, device="cpu"):
     :return: (network in evaluation mode, SpacedDiffusion, {name: value} of every option of both).
     :raises ValueError: if the file, its config.json, the flags and the weights do not agree, or leave options open.
     """
-    network, flags = _open(path, "diffusion", create_model, "use_fp16", explicit_flags or {}, device)
+    network, flags = _open(path, "diffusion", "use_fp16", explicit_flags or {}, device)
     return network, _process(flags), flags
 
 
 def open_super_res(path, explicit_flags=None, device="cpu"):
     """The super-resolution model of a checkpoint and its process: all as open_diffusion."""
-    network, flags = _open(path, "super_res", sr_create_model, "use_fp16", explicit_flags or {}, device)
+    network, flags = _open(path, "super_res", "use_fp16", explicit_flags or {}, device)
     return network, _process(flags), flags
 
 
@@ -349,17 +355,17 @@ def open_classifier(path, explicit_flags=None, device="cpu"):
     The classifier of a checkpoint: (network in evaluation mode, {name: value}); all as open_diffusion. The flags of
     the process it was trained on are among those returned as far as somebody tells them.
     """
-    return _open(path, "classifier", create_classifier, "classifier_use_fp16", explicit_flags or {}, device)
+    return _open(path, "classifier", "classifier_use_fp16", explicit_flags or {}, device)
 
 
-def _open(path, kind, create, fp16, explicit, device):
+def _open(path, kind, fp16, explicit, device):
     path = published.locate(path)
     state = checkpoint.load(path)
     flags = identify(path, kind, state, explicit, explicit.get("preset", ""))
     if torch.device(device).type == "cpu" and fp16 not in explicit:
         flags[fp16] = False
     with torch.device("meta"):  # nothing is drawn that the file is to replace
-        network = _call(create, flags)
+        network = build(kind, flags)
     recognition.load_weights(network, state, path=path, flags=flags)
     network.to(device)
     if flags[fp16]:

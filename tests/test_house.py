@@ -25,7 +25,7 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays presets",
+    "toy_models arrays presets tensor_files",
     "config pictures image_datasets download text",
     "diffunet",
     "checkpoint recognition",
@@ -35,6 +35,8 @@ MACHINERY = [
     "fp16_util generate tally tasks runs",
     "identify",
     "train_util script_util",
+    "diffusers_format",
+    "convert",
     "program study",
     "doctor",
 ]

@@ -174,7 +174,7 @@ def test_factors_that_are_no_simple_fractions():
     assert (int(first * 96), second) == (32, 1)
     assert recognition.misfits(flags, inferred) == {}
     assert all(
-        int(float(recognition._factor(width, base)) * base) == width
+        int(float(recognition.factor(width, base)) * base) == width
         for base in range(1, 400)
         for width in range(32, 1025, 32)
     )
