@@ -177,8 +177,9 @@ def _sizes(kind, inferred):
     mult = config.parse_channel_mult(inferred[name])
     film = inferred.get("network") == "film"
     multiple = f"a multiple of {2 ** (len(mult) - (not film))}"
-    sides = [side for side in (512, 256, 128, 64, 32) if config.default_channel_mult(side, kind == "super_res") == mult]
-    return multiple + (f", by its widths {' or '.join(map(str, sides))}" if sides and not film else "")
+    usual = [side for side in (512, 256, 128, 64, 32, 16, 8)
+             if config.default_channel_mult(side, kind == "super_res") == mult and not film]  # fmt: skip
+    return multiple + (f", by its widths {' or '.join(map(str, usual))}" if usual else "")
 
 
 def _question(path, kind, state, open_flags, known):

@@ -208,7 +208,7 @@ def test_our_network_computes_what_one_of_diffusers_does(fields, flags, tmp_path
     convert.convert(tmp_path / "theirs", path)
     ours, diffusion, found = script_util.open_diffusion(path)
     assert {name: found[name] for name in flags} == flags
-    assert (found["noise_schedule"], found["sigma_small"]) == ("cosine", True)
+    assert (found["noise_schedule"], found["sigma_small"]) == ("cosine", not found["learn_sigma"])
     assert np.allclose(diffusion.betas, schedule.betas.double(), rtol=1e-4)
     assert_same_network(ours, theirs, fields.get("num_class_embeds", 0))
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from test_config import PROGRAMS
 from test_download import Server, http
+from test_programs import done, refused, run
 
 from guided_diffusion import checkpoint, config, identify, presets, published, script_util
 
@@ -151,6 +154,47 @@ def test_many_processes_fetch_it_once(server, preset, content, tmp_path, capfd):
     assert [each.exitcode for each in started] == [0] * 4 and len(server.asked) == 1
     assert names(tmp_path / "cache") == ["64x64_diffusion.pt"]
     assert "64x64_diffusion.pt: 100%" in capfd.readouterr().err  # a bar of progress
+
+
+SAMPLE = "--num_samples 2 --batch_size 2 --grid False"
+
+
+def test_a_preset_is_enough_to_sample(server, preset, tmp_path):
+    said = done("image_sample", f"--preset imagenet64 {SAMPLE} --log_dir {tmp_path}/a").out
+    assert (tmp_path / "a" / "samples_2x8x8x1.npz").exists() and "timestep_respacing 3\n" in said
+    said = done("image_sample", f"--preset imagenet64 --timestep_respacing 2 {SAMPLE} --log_dir {tmp_path}/b").out
+    assert "--timestep_respacing 2, as typed, instead of the 3 of --preset imagenet64" in said
+    wrong = f"--preset imagenet64 --num_channels 64 {SAMPLE} --log_dir {tmp_path}/c"
+    refused("image_sample", wrong, "--num_channels 64 contradicts the weights of .*64x64_diffusion.pt")
+    refused("image_sample", f"--preset imagenet65 {SAMPLE}", "invalid choice: 'imagenet65' .*imagenet64")
+
+
+def test_a_published_name_is_enough_to_sample_and_to_go_on_from(server, preset, content, tmp_path):
+    steps = f"--timestep_respacing 2 {SAMPLE} --log_dir {tmp_path}"
+    assert "sampling: " in run("image_sample", f"--model_path 64x64_diffusion {steps}").err
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.new("L", (8, 8), 60 * i).save(images / f"{i}.png")
+    train = f"--data_dir {images} --batch_size 2 --iterations 1 --num_workers 0 --log_dir {tmp_path}/tuned"
+    said = done("image_train", f"--resume_checkpoint 64x64_diffusion.pt --lr 0 --learn_sigma False {train}").out
+    assert "the published 64x64_diffusion.pt, by its name and its tensors" in said
+    tuned = checkpoint.load(tmp_path / "tuned" / "model000001.pt")
+    assert all(torch.equal(tuned[name], value) for name, value in torch.load(io.BytesIO(content)).items())
+    assert checkpoint.read_config(tmp_path / "tuned" / "model000001.pt")["flags"] == TINY
+
+
+def test_a_preset_trains_its_network_anew(preset, tmp_path):
+    args = config.parse("", *PROGRAMS["image_train"][0], argv=["--preset", "imagenet128", "--num_heads", "8"])
+    assert (args.num_channels, args.num_heads, args.image_size, args.learn_sigma) == (256, 8, 128, True)
+    assert not args.use_fp16 and args.timestep_respacing == "" and args.explicit == {"preset", "num_heads"}
+    args = config.parse("", *PROGRAMS["classifier_train"][0], argv=["--preset", "imagenet128"])
+    assert (args.image_size, args.classifier_depth, args.noise_schedule) == (128, 2, "linear")
+    args = config.parse("", *PROGRAMS["classifier_sample"][0], argv=["--preset", "imagenet512"])
+    assert (args.model_path, args.classifier_path, args.classifier_scale) == ("imagenet512", "classifier512", 4.0)
+    assert args.timestep_respacing == "250" and config.explicit_flags(args) == {
+        "preset": "imagenet512", "timestep_respacing": "250",
+    }  # fmt: skip
 
 
 def test_a_program_takes_a_name_and_a_preset(server, tmp_path, content):
