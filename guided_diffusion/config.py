@@ -2,7 +2,8 @@
 The options of the programs, each written once (name, default, help), and the command line made from them.
 
 A program takes a few of the groups below: `args = parse("...", TrainOptions, ModelOptions, DiffusionOptions)`.
-A new option of a network or a trainer is one more field here. To be imported, the standard library is enough.
+A new option of a network or a trainer is one more field here. To be imported, the standard library is enough
+(`presets` needs no more).
 """
 
 import argparse
@@ -13,6 +14,8 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+
+from . import presets
 
 
 def option(default, help, choices=None):
@@ -81,6 +84,7 @@ class ModelOptions(_Network, _ImageSize):
         ("adm", "film"),
     )
     vector_channels: int = option(0, "width of the vector, as an embedded text, that the network takes; 0: none")
+    conv_resample: bool = option(True, "without --resblock_updown, resample by convolutions, not by means and copies")
 
 
 @dataclass
@@ -89,6 +93,7 @@ class SuperResOptions(_Network):
 
     large_size: int = option(256, "height and width of the images that are made, in pixels")
     small_size: int = option(64, "height and width of the images that are enlarged, in pixels")
+    conv_resample: bool = changed(ModelOptions, "conv_resample", True)
 
 
 @dataclass
@@ -167,6 +172,12 @@ class RunOptions:
     """run"""
 
     seed: int = option(0, "seed of everything random: the same seed and options give the same run")
+    preset: str = option(
+        "",
+        "take the flags of a published model, but for those typed: of its network and its process; in sampling also its"
+        " files, which are downloaded once, its steps and its scale of guidance",
+        tuple(presets.PRESETS),
+    )
     device: str = option("", "cpu, cuda, cuda:1, mps...; empty: a GPU if there is one")
     log_dir: str = option("", "folder for everything written; empty: $OPENAI_LOGDIR, else a new temporary folder")
     log_formats: str = option(
@@ -543,6 +554,15 @@ class PosthocOptions:
 
 
 @dataclass
+class ConvertOptions:
+    """conversion"""
+
+    preset: str = changed(
+        RunOptions, "preset", "", "the source is the published model of that name, whatever its file is called"
+    )
+
+
+@dataclass
 class DoctorOptions:
     """doctor"""
 
@@ -653,9 +673,14 @@ def parse(description, *groups, argv=None, positional=None):
     if unknown:
         word = unknown[0].split("=")[0]
         parser.error(f"unknown flag {word}{nearest(word, [f'--{name}' for name in known])}")
-    values = {name: field.default for name, field in known.items()} | vars(typed)
+    values = {name: field.default for name, field in known.items()} | from_preset(vars(typed), known) | vars(typed)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return argparse.Namespace(**values, explicit=set(vars(typed)) - set(positional))
+
+
+def from_preset(typed, known):
+    """{name: value} that the --preset among the typed flags gives a program of these flags; {} without one."""
+    return presets.typed_for(typed["preset"], known) if typed.get("preset") else {}
 
 
 def nearest(word, names):
@@ -670,8 +695,9 @@ def flags_of(args, *groups):
 
 
 def explicit_flags(args):
-    """{name: value} of the options that were typed."""
-    return {name: getattr(args, name) for name in args.explicit}
+    """{name: value} of the options that were typed, and the steps to sample in that --preset has."""
+    steps = {"timestep_respacing"} & from_preset(vars(args), vars(args)).keys()
+    return {name: getattr(args, name) for name in args.explicit | steps}
 
 
 def describe(args):

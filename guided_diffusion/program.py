@@ -9,8 +9,9 @@ from functools import partial
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, health, logger, memory, runs, text
+from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
 from .generate import planned, sample_stream, save_class_grid, save_frames
+from .identify import identify
 from .image_datasets import load_data
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
@@ -27,6 +28,9 @@ def start(args, *settled_later):
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)
+    for name in vars(args).keys() & {"model_path", "classifier_path", "guide_path", "resume_checkpoint"}:
+        found = [published.locate(path) for path in getattr(args, name).split(",")]
+        setattr(args, name, ",".join(found))
     wanted = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or logger.default_dir()
     folder = dist_util.gather_objects(wanted)[0]
     checkpoint.check_writable(folder)
@@ -45,13 +49,16 @@ def start(args, *settled_later):
     later = config.options(*settled_later).keys() - args.explicit
     shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in later})
     logger.log("options (* typed):\n" + config.describe(shown))
+    for name, usual in config.from_preset(vars(args), vars(args)).items():
+        if name in args.explicit and getattr(args, name) != usual:
+            logger.log(f"--{name} {getattr(args, name)}, as typed, instead of the {usual} of --preset {args.preset}")
     return dist_util.dev(), folder
 
 
 def network_flags(args, folder, kind, *groups):
     """
-    The options of a network to train: as typed, else from the config.json beside the checkpoint to go on from, else
-    default.
+    The options of a network to train: as typed, else from the config.json beside the checkpoint to go on from, or what
+    `identify` finds where there is none, else default.
 
     :param kind: of network, as in config.json.
     :raises ValueError: if the checkpoint is of another kind; if the run goes on in its own folder and typed options
@@ -60,7 +67,12 @@ def network_flags(args, folder, kind, *groups):
     flags, path = config.flags_of(args, *groups), args.resume_checkpoint
     if not path:
         return flags
-    content = checkpoint.read_config(path) or {"kind": kind, "flags": {}}
+    content = checkpoint.read_config(path)
+    if content is None:
+        state = checkpoint.load(path, map_location="meta")
+        found = identify(path, kind, state, config.explicit_flags(args), args.preset)
+        precision = {name: flags[name] for name in flags if name.endswith("use_fp16")}  # of a run, not of a file
+        return flags | found | precision
     if content["kind"] != kind:
         raise ValueError(f"{path} holds a {content['kind']} network, not a {kind} one: choose another --log_dir")
     known = content["flags"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, ema, health, logger, saves
+from . import checkpoint, dist_util, ema, health, logger, recognition, saves
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename  # the original's place
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm, make_adamw
 from .nn import update_ema
@@ -441,7 +441,7 @@ class Trainer:
     def _load_weights(self, path, flags):
         self.step = self.saved_at = checkpoint.parse_resume_step_from_filename(path)
         logger.log(f"going on from {path} at update {self.step}")
-        checkpoint.load_weights(self.task.net, checkpoint.load(path), path=path, flags=flags)
+        recognition.load_weights(self.task.net, checkpoint.load(path), path=path, flags=flags)
 
     def _load_companions(self, path):
         """The averages, the optimizer and the rest that belong to the model file `path`; said if one is missing."""

@@ -61,7 +61,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 
 # What its users missed.
 PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
-RUN = {"seed": 0, "device": "", "log_dir": "", "log_formats": ""}
+RUN = {"seed": 0, "device": "", "log_dir": "", "log_formats": "", "preset": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
@@ -73,7 +73,7 @@ MORE_AVERAGES = {
     "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",
     "eval_interval": 100,
 }
-DROPOUT = {"class_dropout": 0.0}
+DROPOUT = {"class_dropout": 0.0, "conv_resample": True}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
     "classes": "", "save_as": "npz", "grid": True, "frames": 0, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",

@@ -131,6 +131,33 @@ def test_every_command_of_the_page_on_guidance(clone):
         assert (clone / "runs" / name / "samples_6x8x8x1.npz").exists()
 
 
+def test_every_command_of_the_page_on_checkpoints(tmp_path):
+    for name in ("scripts", "datasets"):
+        os.symlink(ROOT / name, tmp_path / name)
+    page = ROOT / "docs" / "checkpoints.md"
+    ran = [shell(tiny(command), tmp_path) for command in commands(page)]
+    assert len(ran) == 8 and "read off its tensors: " in ran[3]
+    assert (tmp_path / "runs/known_samples/samples_6x8x8x1.npz").exists()
+    assert (tmp_path / "runs/back/config.json").exists() and (tmp_path / "runs/known_diffusers/unet").is_dir()
+    with pytest.raises(AssertionError) as error:
+        shell("python scripts/image_sample.py --model_path runs/unknown/x.pt --log_dir runs/none", tmp_path)
+    quoted = " ".join(line[2:] for line in page.read_text().splitlines() if line.startswith("> "))
+    assert quoted in str(error.value)
+
+
+def test_the_table_of_published_models_is_that_of_the_presets():
+    from guided_diffusion.presets import PRESETS
+
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    rows = re.findall(r"^\| ([\w-]+) \| (\w+\.pt) \| (.*?) ?\| (.*) \|$", page, re.MULTILINE)
+    told = {name: (file, scale, *rest.split(" | ")) for name, file, scale, rest in rows}
+    scored = {name: preset for name, preset in PRESETS.items() if preset.fid}
+    assert told == {
+        name: (p.file, str(p.scale or ""), p.steps, f"{p.fid:.2f}", f"{p.precision:.2f}", f"{p.recall:.2f}")
+        for name, p in scored.items()
+    }
+
+
 def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     for name in ("scripts", "datasets"):
         os.symlink(ROOT / name, tmp_path / name)

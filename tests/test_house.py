@@ -25,15 +25,18 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays",
+    "toy_models arrays presets tensor_files",
     "config pictures image_datasets download text",
     "diffunet super_res",
-    "checkpoint",
-    "dist_util",
+    "checkpoint recognition",
+    "published dist_util",
     "sharding",
     "logger saves ema health memory",
     "fp16_util generate tally tasks runs sample_store",
+    "identify",
     "train_util script_util watch",
+    "diffusers_format",
+    "convert",
     "program study",
     "doctor",
 ]

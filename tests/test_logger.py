@@ -139,7 +139,7 @@ def test_event_files_that_tensorboard_reads(tmp_path):
     logger.logimage("samples", tmp_path / "a.png", 20)
     logger.reset()
     events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert [(each.step, each.value) for each in events.Scalars("loss")] == [(10, pytest.approx(0.1)), (20, pytest.approx(0.05))]
+    assert {each.step: each.value for each in events.Scalars("loss")} == pytest.approx({10: 0.1, 20: 0.05})
     (shown,) = events.Images("samples")
     assert (shown.step, shown.width, shown.height) == (20, 6, 4)
 

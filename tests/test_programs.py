@@ -740,8 +740,8 @@ BAD = [
     (f"{SAMPLE} --model_path {{classifier}}/model000010.pt", "classifier network.*diffusion one is needed"),
     (f"{GUIDE} --classifier_path {{cond}}/model000008.pt", "diffusion network.*classifier one is needed"),
     (f"{SAMPLE} --model_path {{bad}}/model000008.pt --image_size 8 --image_channels 1",
-     r"bad/model000008.pt does not fit: \d+ keys missing \(first: input_blocks\.1\.1\.norm\.weight\).* would fit at "
-     "--image_size 8: --num_channels 32 --num_res_blocks 1 --channel_mult 1,1 --attention_resolutions 4, with"),
+     r"model000008.pt: its tensors leave these flags open.* tells: --num_heads or --num_head_channels \(both of 1, 2,"
+     r" 4, 8, 16, 32\); --use_new_attention_order \(.*; --noise_schedule \(linear, .*; --diffusion_steps \(1000, "),
     (f"{IMAGE_TRAIN} --num_channels 64 --resume_checkpoint {{plain}}/model000008.pt",
      r"model000008.pt does not fit: \d+ shapes differ \(time_embed.0.weight: file \[128, 32\], network \[256, 64\]\)"
      ".* would fit at --image_size 8: --num_channels 32, with"),
