@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from .arrays import read_npz
+from .signals import heed_parent_alone
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 LABEL_RULES = ("auto", "prefix", "folder")
@@ -79,6 +80,7 @@ def load_data(
         batch_size=None,  # a key of the sampler is a whole batch
         sampler=_batch_keys(len(dataset), batch_size, batches_per_epoch, order_seed, rank, num_ranks, first_batch),
         num_workers=num_workers,
+        worker_init_fn=heed_parent_alone,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
     return ImageBatches(loader, source, batches_per_epoch, _fingerprint(source, str(data_dir)))

@@ -25,7 +25,7 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays",
+    "toy_models arrays signals",
     "config pictures image_datasets download text",
     "diffunet",
     "checkpoint",

@@ -11,7 +11,7 @@ import torch as th
 from test_programs import same
 from torch import nn
 
-from guided_diffusion import checkpoint, dist_util, ema, guidance, health, logger, saves, train_util
+from guided_diffusion import checkpoint, dist_util, ema, guidance, health, logger, saves, signals, train_util
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -406,7 +406,7 @@ def test_a_new_weight_decay_takes_effect_on_resume(folder):
     assert resumed.opt.param_groups[0]["weight_decay"] == 0.5
 
 
-@pytest.mark.parametrize("number", health.StopSigns.SIGNALS)
+@pytest.mark.parametrize("number", signals.ASKING)
 def test_a_signal_saves_what_is_done_and_says_how_to_go_on(folder, number):
     before = signal.getsignal(number)  # a run in the background may have it ignored
 

@@ -14,7 +14,7 @@ import pytest
 import torch as th
 from test_programs import BIN, CLASSIFIER, MPIEXEC, NET, ROOT, rows, same, samples, stranger
 
-from guided_diffusion import checkpoint, saves
+from guided_diffusion import checkpoint, saves, signals
 
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node"]
 ENV = {"PATH": f"{BIN}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
@@ -129,19 +129,41 @@ def kill(process):
     process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_leaves_with_its_own_exit_code(number, digits, tmp_path):
+def test_a_signal_to_all_processes_of_a_run_saves_and_leaves_with_its_own_exit_code(digits, tmp_path):
+    """As queues, terminals and launchers send it: to those that load images as well. Each run goes on from the last."""
     line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
-    process = start("image_train", line, digits)
-    wait_for(tmp_path / "run", "commit*.json")
+    line, before = line.replace("--num_workers 0", "--num_workers 1"), 0
+    for number in signals.ASKING:
+        process = start("image_train", line, digits)
+        while logged(tmp_path / "run") <= before:
+            assert process.poll() is None, end(process)[1][-2000:]
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        if number != signal.SIGINT:  # said twice, as some launchers do
+            os.killpg(process.pid, number)
+        code, out = end(process)
+        assert code == 75 and "run the same command again to go on" in out, out[-2000:]
+        path, problems = saves.newest(tmp_path / "run")
+        step = checkpoint.parse_resume_step_from_filename(path)
+        assert not problems and step > before
+        before = step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, code", [
+    pytest.param("mpiexec", 75, marks=pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")), ("torchrun", 1),
+])  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_launcher_saves_what_both_processes_did(number, launcher, code, digits, tmp_path):
+    line = words("image_train", digits, tmp_path / "run", batch=4, iterations=100000)
+    process = start("image_train", line.replace("workers 0", "workers 1"), digits, launched(2, launcher))
+    while logged(tmp_path / "run") < 10:
+        assert process.poll() is None, end(process)[1][-2000:]
+        time.sleep(0.01)
     process.send_signal(number)
-    code, out = end(process)
-    assert code == 75 and "run the same command again to go on" in out
+    found, out = end(process)
     path, problems = saves.newest(tmp_path / "run")
-    assert path and not problems
-    step = checkpoint.parse_resume_step_from_filename(path)
-    stranger("scripts/image_train.py", line.replace("100000", str(step + 1)), digits)
-    assert (tmp_path / "run" / f"model{step + 1:06d}.pt").exists()
+    assert found == code and not problems and f"which is saved in {path}: run the same command again" in out
 
 
 @pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")
