@@ -31,7 +31,8 @@ def take_up(log_dir, folder, resume, resume_checkpoint):
     :param resume: "auto": the newest whole checkpoint of the folder, if there is one; "never": none.
     :param resume_checkpoint: what to begin from otherwise, or "".
     :return: (path or "", lines for the log).
-    :raises ValueError: with "never", if the folder holds checkpoints; if `resume_checkpoint` is damaged.
+    :raises ValueError: with "never", if the folder holds checkpoints; if all that were written whole are damaged; if
+        `resume_checkpoint` is.
     :raises OSError: if another run is in the folder.
     """
     for each in dict.fromkeys((log_dir, folder)):
@@ -42,6 +43,11 @@ def take_up(log_dir, folder, resume, resume_checkpoint):
         raise ValueError(
             f"{folder} holds the checkpoints of a run and --resume is never: choose another --log_dir, or leave"
             " --resume away to go on"
+        )
+    if not (held or resume_checkpoint) and saves.committed(checkpoint.names_in(folder)):
+        raise ValueError(
+            f"no checkpoint of {folder} is whole ({'; '.join(problems)}): to begin anew, move them away or choose another"
+            " --log_dir"
         )
     said = [f"passed over: {problem}" for problem in problems]
     step = checkpoint.parse_resume_step_from_filename

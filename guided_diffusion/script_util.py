@@ -5,7 +5,7 @@ import inspect
 
 import torch
 
-from . import checkpoint, config
+from . import checkpoint, config, saves
 from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
 from .film_unet import Unet as FilmUnet
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -348,6 +348,7 @@ def open_classifier(path, explicit_flags=None, device="cpu"):
 def _open(path, kind, create, options, fp16, explicit_flags, device):
     known = options | diffusion_defaults()
     explicit = {name: value for name, value in explicit_flags.items() if name in known}
+    saves.check_file(path)
     state = checkpoint.load(path)
     told = _flags_of_config(path, kind, known)
     flags = options | told | explicit
