@@ -16,7 +16,7 @@ import pytest
 import torch as th
 from test_programs import NET, done, same
 
-from guided_diffusion import checkpoint, ema, runs, saves
+from guided_diffusion import checkpoint, ema, logger, runs, saves
 
 
 def files(step, value=1.0):
@@ -135,6 +135,29 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, monkeypa
     saver.check()  # an error is raised once
     assert saves.newest(tmp_path)[0] == str(tmp_path / "model000001.pt")
     assert not [name for name in names(tmp_path) if "tmp" in name or name == "commit000002.json"]
+
+
+def test_the_system_refuses_to_write_amid_a_checkpoint_and_a_log(tmp_path):
+    """A limit of the system on the size of files, met where a full disk would be: inside torch's writer."""
+    resource = pytest.importorskip("resource")
+    with saves.Saver(tmp_path) as saver:
+        saver.submit(1, files(1))
+    before, log = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}, tmp_path / "log.txt"
+    log.write_text("x" * 299_999)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*opt000002\.pt: File too large"):
+            saves.write(tmp_path, 2, {"ema_0.9_000002.pt": {}, "opt000002.pt": {"w": th.zeros(100_000)}})
+        with pytest.raises(OSError, match=r"cannot write .*log\.txt: File too large"):
+            logger.HumanOutputFormat(str(log)).writeseq(["more", "words"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == sorted([*before, "ema_0.9_000002.pt", "log.txt"])
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+    assert saves.newest(tmp_path) == (
+        str(tmp_path / "model000001.pt"), ["update 2 has no commit000002.json: its save was cut short"]
+    )  # fmt: skip
 
 
 def test_a_background_save_copies_before_it_returns(tmp_path):
