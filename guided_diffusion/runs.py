@@ -46,8 +46,8 @@ def take_up(log_dir, folder, resume, resume_checkpoint):
         )
     if not (held or resume_checkpoint) and saves.committed(checkpoint.names_in(folder)):
         raise ValueError(
-            f"no checkpoint of {folder} is whole ({'; '.join(problems)}): to begin anew, move them away or choose another"
-            " --log_dir"
+            f"no checkpoint of {folder} is whole ({'; '.join(problems)}): to begin anew, move them away or choose"
+            " another --log_dir"
         )
     said = [f"passed over: {problem}" for problem in problems]
     step = checkpoint.parse_resume_step_from_filename
