@@ -573,7 +573,7 @@ def test_the_gradient_noise_scale_is_that_of_gaussian_gradients(folder):
     class Linear(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w = nn.Parameter(th.zeros(50))
+            self.w = nn.Parameter(th.zeros(500))
 
         def forward(self, x):
             return x @ self.w
@@ -590,10 +590,23 @@ def test_the_gradient_noise_scale_is_that_of_gaussian_gradients(folder):
     def gaussian():
         generator = th.Generator().manual_seed(0)
         while True:
-            yield 0.3 + 0.5 * th.randn(32, 50, generator=generator), {}
+            yield 0.3 + 0.5 * th.randn(32, 500, generator=generator), {}
 
-    train(folder, 2500, task=Task(), data=gaussian(), batch_size=32, microbatch=4, lr=0.0, log_interval=2500)
+    train(folder, 250, task=Task(), data=gaussian(), batch_size=32, microbatch=4, lr=0.0, log_interval=250)
     assert float(rows(folder)[-1]["grad_noise_scale"]) == pytest.approx(0.25 / 0.09, rel=0.04)
+
+
+def test_the_gradient_noise_scale_in_half_precision_is_that_of_full(folder):
+    """With a loss scale at which the norm of a whole gradient passes what 16 bits hold."""
+    estimates = []
+    for use_fp16, scale in ((False, 0.0), (True, 15.0)):
+        trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, microbatch=1, use_fp16=use_fp16,
+                          initial_lg_loss_scale=scale)  # fmt: skip
+        trainer.forward_backward(*next(pictures()))
+        assert trainer._gradient_norm() * 2**scale > 65504 or not use_fp16
+        estimates.append(trainer.tally.means())
+    for name in ("grad_trace", "grad_square"):
+        assert estimates[1][name] == pytest.approx(estimates[0][name], rel=0.02)
 
 
 def test_the_colour_shift_is_that_of_the_predictions(folder):

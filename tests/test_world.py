@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
-from test_programs import BIN, CLASSIFIER, MPIEXEC, NET, ROOT, rows, same, samples, stranger
+from test_programs import BIN, CLASSIFIER, MPIEXEC, NET, ROOT, rows, same, samples, shell, stranger
 
 from guided_diffusion import checkpoint, saves, signals
 
@@ -92,6 +92,49 @@ def test_samples_of_the_two_runs_agree(digits):
                  f" --timestep_respacing 20 --log_dir {out}", digits)  # fmt: skip
         drawn.append(samples(out)[1].astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+NOISE_SCALE = """
+import numpy as np
+import torch
+from guided_diffusion import dist_util, logger
+from guided_diffusion.train_util import Trainer
+
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return x @ self.w  # whose gradient is x
+
+class Task:
+    prefix, num_timesteps, net = "", 1, Linear()
+
+    def draw(self, n, device, rng):
+        return torch.zeros(n, dtype=torch.int64), torch.ones(n)
+
+    def loss(self, net, x0, cond, t, noise):
+        return {"loss": net(x0)}
+
+dist_util.setup_dist("cpu")
+logger.configure("log", format_strs=[])
+images = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32))  # of each process
+trainer = Trainer(Task(), None, batch_size=6, microbatch=3)
+trainer.forward_backward(images[dist_util.rank()], {})
+found = trainer.tally.means()
+small, big = images[:, :3].mean(1).square().sum(1).mean(), images.mean((0, 1)).square().sum()
+torch.testing.assert_close(found["grad_square"], ((12 * big - 3 * small) / (12 - 3)).item(), rtol=1e-5, atol=0)
+torch.testing.assert_close(found["grad_trace"], ((small - big) / (1 / 3 - 1 / 12)).item(), rtol=1e-5, atol=0)
+dist_util.finish()
+"""
+
+
+def test_the_gradient_noise_scale_of_two_processes(tmp_path):
+    """From gradients of three images in each and of all twelve, known by hand."""
+    (tmp_path / "worker.py").write_text(NOISE_SCALE)
+    result = shell(["worker.py"], tmp_path, launched(2, "torchrun"))
+    assert result.returncode == 0, result.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- broken off
