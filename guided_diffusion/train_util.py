@@ -104,6 +104,8 @@ class Trainer:
             raise ValueError(f"sharding is none, or, without use_fp16, fsdp; not {sharding} with use_fp16 {use_fp16}")
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
+        if keep_best and val_data is None:
+            raise ValueError("keep_best needs held-out images: give --val_data_dir")
         self.task, self.data = task, data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
@@ -386,6 +388,7 @@ class Trainer:
             losses = dist_util.gather_objects(th.stack(self._val_losses).mean().item())
             if (mean := sum(losses) / len(losses)) < self.best["val_loss"]:
                 self.best = {"step": self.step, "val_loss": mean}
+                logger.log(f"the least validation loss so far, {mean:.4g}, is that of {checkpoint.model_name(self.step)}")
         self._val_losses = []
         files = self._files(tallies) if dist_util.is_main() or self.mp_trainer.sharded else None
         if dist_util.is_main():

@@ -375,12 +375,31 @@ def test_the_launch_test_variable_stops_after_the_first_save(folder, monkeypatch
     assert train(folder, 50, save_interval=2).step == 2
 
 
+def test_the_best_checkpoint_stays_and_is_named(folder, capsys):
+    """Validation on data that the first updates fit, and later ones, of another loss, do not."""
+
+    def turning():
+        for number, (x, cond) in enumerate(batches()):
+            yield (x if number < 4 else 30 * x), cond
+
+    with logger.scoped_configure(dir=str(folder), format_strs=["stdout"]):
+        trainer = train(folder, 12, data=turning(), val_data=batches(), eval_interval=1, save_interval=2, lr=0.05,
+                        keep_best=True, keep_last=1)  # fmt: skip
+    best = trainer.best["step"]
+    assert 2 <= best < 12
+    assert sorted(path.name for path in folder.glob("model*")) == [f"model{best:06d}.pt", "model000012.pt"]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the least validation loss")]
+    assert said[-1] == f"the least validation loss so far, {trainer.best['val_loss']:.4g}, is that of model{best:06d}.pt"
+    assert checkpoint.load(folder / "state000012.pt")["best"] == trainer.best
+
+
 @pytest.mark.parametrize("options, message", [
     ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
     ({"log_interval": 0}, "log_interval"),
     ({"save_interval": -3}, "save_interval.*-3"),
     ({"lr_schedule": "steps"}, "lr_schedule 'steps'.*cosine"),
     ({"max_minutes": -1}, "max_minutes.*-1"),
+    ({"keep_best": True}, "keep_best needs held-out images: give --val_data_dir"),
 ])  # fmt: skip
 def test_bad_options_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
