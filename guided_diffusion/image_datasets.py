@@ -90,9 +90,10 @@ def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
     """Full batches that every rank has in an epoch; all ranks drop the same tail, so that their epochs end together."""
     images_per_rank = num_images // num_ranks
     if not 1 <= batch_size <= images_per_rank:
+        remedy = f"pass a batch_size from 1 to {images_per_rank}" if images_per_rank else "use fewer processes"
         raise ValueError(
             f"{data_dir} holds {num_images} images, {images_per_rank} for each of {num_ranks} rank(s), which makes no "
-            f"batch of {batch_size}: pass a batch_size from 1 to {max(images_per_rank, 1)}, or add images"
+            f"batch of {batch_size}: {remedy}, or add images"
         )
     return images_per_rank // batch_size
 

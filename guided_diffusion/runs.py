@@ -103,7 +103,7 @@ def record(folder, args, data, resumed_from):
     """
     identity = {"seed": args.seed, "data": data.fingerprint, "num_images": data.num_images}
     earlier = read(folder) if resumed_from else None
-    _check_same(folder, earlier, identity, args.force)
+    _check_same(folder, earlier, identity, args.data_dir, args.force)
     starts = (earlier or {"starts": []})["starts"]
     options = {name: value for name, value in vars(args).items() if name != "explicit"}
     if starts:
@@ -137,17 +137,24 @@ def read(folder):
         raise ValueError(f"{path} cannot be read ({lacks}{error}): mend it, or move it away") from error
 
 
-def _check_same(folder, earlier, identity, force):
-    for name, now in identity.items():
-        before = earlier["identity"].get(name, now) if earlier else now
-        if before != now:
-            told = (
-                f"the checkpoints of {folder} come from a run with {name} {before}, this one has {now}: it would be "
-                "neither run"
+def _check_same(folder, earlier, identity, data_dir, force):
+    if not earlier:
+        return
+    then = {**identity, **earlier["identity"]}
+    differing = []
+    if then["seed"] != identity["seed"]:
+        differing.append(("seed", then["seed"], identity["seed"]))
+    if (then["data"], then["num_images"]) != (identity["data"], identity["num_images"]):
+        dirs = earlier["starts"][-1]["options"].get("data_dir"), data_dir
+        differing.append(("data", *(f"{each['num_images']} images in {where} ({each['data']})"
+                                    for each, where in zip((then, identity), dirs))))  # fmt: skip
+    for name, before, now in differing:
+        told = f"the checkpoints of {folder} come from a run with {name} {before}, this one has {now}"
+        if not force:
+            raise ValueError(
+                f"{told}: it would be neither run; choose another --log_dir, or go on all the same by --force True"
             )
-            if not force:
-                raise ValueError(f"{told}; choose another --log_dir, or go on all the same by --force True")
-            logger.warn(f"{told}; going on by --force")
+        logger.warn(f"{told}; going on by --force")
 
 
 def changes(before, now):

@@ -388,7 +388,7 @@ class Trainer:
             losses = dist_util.gather_objects(th.stack(self._val_losses).mean().item())
             if (mean := sum(losses) / len(losses)) < self.best["val_loss"]:
                 self.best = {"step": self.step, "val_loss": mean}
-                logger.log(f"the least validation loss so far, {mean:.4g}, is that of {checkpoint.model_name(self.step)}")
+                logger.log(f"the least validation loss so far, {mean:.4g}: {checkpoint.model_name(self.step)}")
         self._val_losses = []
         files = self._files(tallies) if dist_util.is_main() or self.mp_trainer.sharded else None
         if dist_util.is_main():

@@ -389,7 +389,7 @@ def test_the_best_checkpoint_stays_and_is_named(folder, capsys):
     assert 2 <= best < 12
     assert sorted(path.name for path in folder.glob("model*")) == [f"model{best:06d}.pt", "model000012.pt"]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the least validation loss")]
-    assert said[-1] == f"the least validation loss so far, {trainer.best['val_loss']:.4g}, is that of model{best:06d}.pt"
+    assert said[-1] == f"the least validation loss so far, {trainer.best['val_loss']:.4g}: model{best:06d}.pt"
     assert checkpoint.load(folder / "state000012.pt")["best"] == trainer.best
 
 
