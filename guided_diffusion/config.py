@@ -455,6 +455,7 @@ class PosthocOptions:
 class DoctorOptions:
     """doctor"""
 
+    kind: str = option("diffusion", "kind of the network to look at", ("diffusion", "classifier"))
     write: bool = option(False, "remember the microbatch that fits in doctor.json in --log_dir, for training there")
 
 

@@ -268,11 +268,15 @@ def _flat(start):
 
 def differences(start, now):
     """What of software, source and machine is not as it was at a start: lines for the reader."""
-    before, after = ({"python": each["python"], **each["packages"]} for each in (start, now))
-    lines = [f"{name} {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-             for name in before | after if before.get(name) != after.get(name)]  # fmt: skip
+    lines = differing(*({"python": each["python"], **each["packages"]} for each in (start, now)))
     then, today = _flat(start), _flat(now)
     return lines + [f"{k}: {then[k]} -> {today[k]}" for k in ("source", "machine") if then[k] != today[k]]
+
+
+def differing(before, after):
+    """["name version -> other version"] of two {package: version}."""
+    return [f"{name} {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+            for name in before | after if before.get(name) != after.get(name)]  # fmt: skip
 
 
 def fingerprint_now(start):

@@ -15,6 +15,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.dist_util import Place, resolve
 
 OPENMPI = os.environ.get("GD_OPENMPI_MPIEXEC")  # an mpiexec of Open MPI, beside which another may be installed
+AS_ROOT = "env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 PMI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
@@ -323,7 +324,7 @@ class TestMpiexec:
 
 @pytest.mark.skipif(not OPENMPI, reason="needs GD_OPENMPI_MPIEXEC, the path of an Open MPI mpiexec")
 class TestOpenMpi:
-    LAUNCHER = ("env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", OPENMPI, "-n", "2")
+    LAUNCHER = (*AS_ROOT, OPENMPI, "-n", "2")
 
     def test_two_processes(self, tmp_path):
         (meeting,) = run_two(tmp_path, *self.LAUNCHER, sys.executable, "worker.py")

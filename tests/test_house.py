@@ -34,7 +34,7 @@ MACHINERY = [
     "logger saves ema health memory",
     "fp16_util generate tally tasks runs",
     "train_util script_util",
-    "program study",
+    "program study rehearsal",
     "doctor",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library

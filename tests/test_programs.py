@@ -786,7 +786,9 @@ def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, pets
         refused("image_train", f"{words} {way} --noise_schedule linear",
                 "--noise_schedule linear.*has noise_schedule cosine.*--force True")  # fmt: skip
         refused("image_train", f"{words} {way} --seed 1", "with seed 0, this one has 1.*--force True")
-        refused("image_train", f"{words} {way} --data_dir {pets}/train", r"with data \d+ images in .*digits/train \([0-9a-f]{16}\), this one has \d+ images in .*pets")
+        refused("image_train", f"{words} {way} --data_dir {pets}/train",
+                r"with data \d+ images in .*digits/train \([0-9a-f]{16}\), this one has \d+ images in .*pets",
+                )  # fmt: skip
     refused("image_train", f"{words} --learn_sigma --force True", "does not fit")
     refused("image_train", f"{words} --resume never", "holds the checkpoints of a run and --resume is never")
     refused("classifier_train", f"--data_dir {digits}/train {CLASSIFIER} {TRAIN} --log_dir {folder}",

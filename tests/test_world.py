@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch as th
+from test_dist_util import AS_ROOT, OPENMPI
 from test_programs import BIN, CLASSIFIER, MPIEXEC, NET, ROOT, rows, same, samples, shell, stranger
 
 from guided_diffusion import checkpoint, saves, signals
@@ -34,7 +35,9 @@ def words(name, digits, log_dir, *, batch, iterations=20, more=""):
 
 
 def launched(processes, launcher):
-    return {None: [], "mpiexec": [MPIEXEC, "-n", str(processes)], "torchrun": [*TORCHRUN, str(processes)]}[launcher]
+    n = str(processes)
+    openmpi = [*AS_ROOT, OPENMPI, "--map-by", ":OVERSUBSCRIBE", "-n", n]
+    return {None: [], "mpiexec": [MPIEXEC, "-n", n], "torchrun": [*TORCHRUN, n], "Open MPI": openmpi}[launcher]
 
 
 SHARES = [  # processes, images a process, microbatch, launcher
@@ -45,6 +48,7 @@ SHARES = [  # processes, images a process, microbatch, launcher
     pytest.param(4, 2, -1, "mpiexec", marks=pytest.mark.slow),
     pytest.param(4, 2, 1, "torchrun", marks=pytest.mark.slow),
     pytest.param(8, 1, -1, "mpiexec", marks=pytest.mark.slow),
+    *(pytest.param(n, 8 // n, -1, "Open MPI", marks=pytest.mark.slow) for n in (2, 4) if OPENMPI),
 ]
 
 
@@ -60,7 +64,7 @@ def test_the_same_run_however_the_batch_is_shared(name, digits, tmp_path_factory
         if marked and not slow:
             continue
         processes, batch, microbatch, launcher = share.values if marked else share
-        folder = digits / f"{name}_{processes}_{microbatch}"
+        folder = digits / f"{name}_{processes}_{microbatch}_{launcher}"
         line = words(name, digits, folder, batch=batch, more=f"{more} --microbatch {microbatch}")
         stranger(f"scripts/{name}.py", line, digits, launched(processes, launcher))
         assert_same_run(whole, folder)
@@ -82,7 +86,7 @@ def assert_same_run(whole, folder, rtol=1e-5):
 
 
 def test_samples_of_the_two_runs_agree(digits):
-    whole, shared = digits / "whole_image_train", digits / "image_train_2_-1"
+    whole, shared = digits / "whole_image_train", digits / "image_train_2_-1_mpiexec"
     if not shared.exists():
         pytest.skip("needs the runs of the test above")
     drawn = []
