@@ -198,7 +198,7 @@ class _Training:
     resume: str = option(
         "auto",
         "auto: the same command goes on from the newest whole checkpoint in --log_dir; never: start anew, in a folder"
-        " without checkpoints",
+        " without a run",
         ("auto", "never"),
     )
     force: bool = option(False, "go on from checkpoints though the seed or the data are not those they were made with")

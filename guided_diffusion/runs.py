@@ -31,7 +31,7 @@ def take_up(log_dir, folder, resume, resume_checkpoint):
     :param resume: "auto": the newest whole checkpoint of the folder, if there is one; "never": none.
     :param resume_checkpoint: what to begin from otherwise, or "".
     :return: (path or "", lines for the log).
-    :raises ValueError: with "never", if the folder holds checkpoints; if all that were written whole are damaged; if
+    :raises ValueError: with "never", if the folder holds a run; if all that were written whole are damaged; if
         `resume_checkpoint` is.
     :raises OSError: if another run is in the folder.
     """
@@ -39,10 +39,10 @@ def take_up(log_dir, folder, resume, resume_checkpoint):
         _locks.append(saves.Lock(each).acquire())
     saves.sweep(folder)
     held, problems = saves.newest(folder)
-    if resume == "never" and (held or problems):
+    if resume == "never" and (held or problems or checkpoint.exists(os.path.join(folder, CAPSULE_NAME))):
         raise ValueError(
-            f"{folder} holds the checkpoints of a run and --resume is never: choose another --log_dir, or leave"
-            " --resume away to go on"
+            f"{folder} holds the checkpoints of a run, or its {CAPSULE_NAME}, and --resume is never: choose another"
+            " --log_dir, or leave --resume away to go on"
         )
     if not (held or resume_checkpoint) and saves.committed(checkpoint.names_in(folder)):
         raise ValueError(
@@ -106,10 +106,11 @@ def record(folder, args, data, resumed_from):
     _check_same(folder, earlier, identity, args.data_dir, args.force)
     starts = (earlier or {"starts": []})["starts"]
     options = {name: value for name, value in vars(args).items() if name != "explicit"}
+    now = surroundings()
     if starts:
-        for line in changes(starts[-1]["options"], options):
+        for line in changes(starts[-1]["options"], options) + differences(starts[-1], now):
             logger.log(f"changed since the last start: {line}")
-    starts = [*starts, {"command": command_line(), "resumed_from": resumed_from, "options": options, **surroundings()}]
+    starts = [*starts, {"command": command_line(), "resumed_from": resumed_from, "options": options, **now}]
     content = {"format": FORMAT, "identity": identity, "starts": starts}
     with checkpoint.writing(os.path.join(folder, CAPSULE_NAME)) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())

@@ -790,7 +790,7 @@ def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, pets
                 r"with data \d+ images in .*digits/train \([0-9a-f]{16}\), this one has \d+ images in .*pets",
                 )  # fmt: skip
     refused("image_train", f"{words} --learn_sigma --force True", "does not fit")
-    refused("image_train", f"{words} --resume never", "holds the checkpoints of a run and --resume is never")
+    refused("image_train", f"{words} --resume never", "holds the checkpoints of a run, .*--resume is never")
     refused("classifier_train", f"--data_dir {digits}/train {CLASSIFIER} {TRAIN} --log_dir {folder}",
             "holds a diffusion network, not a classifier one: choose another --log_dir")  # fmt: skip
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.txt", ".lock")}

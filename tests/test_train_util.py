@@ -28,7 +28,7 @@ from guided_diffusion.train_util import (
     compute_top_k,
     noise_like,
 )
-from guided_diffusion.unet import UNetModel
+from guided_diffusion.unet import SuperResModel, UNetModel
 
 DIFFUSION = GaussianDiffusion(
     betas=get_named_beta_schedule("linear", 40),
@@ -362,6 +362,27 @@ def test_train_loop_keeps_the_originals_arguments(folder):
     assert {path.name for path in folder.glob("*.pt")} == {
         "model000002.pt", "opt000002.pt", "ema_0.9_000002.pt", "ema_0.99_000002.pt", "state000002.pt",
     }  # fmt: skip
+
+
+def test_super_resolution_is_one_more_task_of_the_same_loop(folder):
+    """Small images go with the batch as a condition; the microbatch cuts them too."""
+
+    def pairs():
+        for x, _ in pictures():
+            yield x, {"low_res": nn.functional.avg_pool2d(x, 2)}
+
+    th.manual_seed(0)
+    options = {"in_channels": 1, "model_channels": 32, "out_channels": 1, "num_res_blocks": 1, "channel_mult": (1,)}
+    net = SuperResModel(image_size=8, attention_resolutions=(), **options)
+    nn.init.normal_(net.out[2].weight, std=0.05)
+    grads = []
+    for microbatch in (4, 1):
+        trainer = Trainer(DiffusionTask(net, DIFFUSION), None, batch_size=4, microbatch=microbatch)
+        trainer.forward_backward(*next(pairs()))
+        grads.append(th.cat([p.grad.flatten() for p in net.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
+    train(folder, 2, net=net, data=pairs(), batch_size=4, microbatch=2, val_data=pairs(), eval_interval=1)
+    assert {"loss", "val_loss", "x0_shift_c0"} <= set(rows(folder)[-1])
 
 
 def test_the_loss_aware_sampler_learns_during_training(folder):
