@@ -86,6 +86,12 @@ def test_a_rank_takes_a_visible_gpu_by_its_place_on_the_node(monkeypatch):
     assert str(choose("", Place())) == "cpu"
 
 
+def test_ranks_that_share_a_gpu_are_named():
+    dist_util._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("b", "GPU-2")])
+    with pytest.raises(ValueError, match="ranks 1 and 3 share a GPU of a: start no more processes on a node than"):
+        dist_util._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("a", "GPU-2")])
+
+
 def test_several_nodes_need_an_address(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -241,6 +247,33 @@ def test_a_single_process_needs_no_group():
     dist_util.sync_params([torch.zeros(2)])
     dist_util.barrier()
     dist_util.finish()
+
+
+LEAVING = """
+import atexit, sys
+from guided_diffusion import dist_util
+
+class Held:
+    def __del__(self):
+        sys.stdout.write("torn down")
+
+held = Held()
+atexit.register(print, "closed")
+dist_util._has_met = {met}
+with dist_util.leaving():
+    {end}
+"""
+
+
+@pytest.mark.parametrize(("met", "end", "code", "told"), [
+    (True, "sys.exit(75)", 75, "closed\n"), (True, "pass", 0, "closed\n"),
+    (False, "sys.exit(75)", 75, "closed\ntorn down"),
+])  # fmt: skip
+def test_a_process_that_was_in_a_group_leaves_without_being_torn_down(met, end, code, told):
+    """Threads of torch may then still run; what is registered for the exit is done."""
+    code_text = LEAVING.format(met=met, end=end)
+    done = subprocess.run([sys.executable, "-c", code_text], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, told), done.stderr
 
 
 def test_a_single_process_touches_neither_mpi_nor_the_environment():
