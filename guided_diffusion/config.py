@@ -214,7 +214,7 @@ class _Training:
     resume: str = option(
         "auto",
         "auto: the same command goes on from the newest whole checkpoint in --log_dir; never: start anew, in a folder"
-        " without checkpoints",
+        " without a run",
         ("auto", "never"),
     )
     force: bool = option(False, "go on from checkpoints though the seed or the data are not those they were made with")
@@ -566,6 +566,7 @@ class ConvertOptions:
 class DoctorOptions:
     """doctor"""
 
+    kind: str = option("diffusion", "kind of the network to look at", ("diffusion", "classifier"))
     write: bool = option(False, "remember the microbatch that fits in doctor.json in --log_dir, for training there")
 
 

@@ -159,8 +159,8 @@ class MixedPrecisionTrainer:
 
 @th.no_grad()
 def global_norm(tensors):
-    """L2 norm over all tensors together, on their device."""
-    return th.linalg.vector_norm(th.stack(th._foreach_norm(tensors)))
+    """L2 norm over all tensors together, float32 on their device."""
+    return th.linalg.vector_norm(th.stack(th._foreach_norm(tensors, dtype=th.float32)))  # of 16 bits, it may pass 65504
 
 
 def make_adamw(params, **options):

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from .arrays import read_npz
+from .signals import heed_parent_alone
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 LABEL_RULES = ("auto", "prefix", "folder")
@@ -88,6 +89,7 @@ def load_data(
         batch_size=None,  # a key of the sampler is a whole batch
         sampler=itertools.islice(keys, batches_per_epoch if once else None),
         num_workers=num_workers,
+        worker_init_fn=heed_parent_alone,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
     return ImageBatches(loader, source, batches_per_epoch, _fingerprint(source, str(data_dir)))
@@ -97,9 +99,10 @@ def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
     """Full batches that every rank has in an epoch; all ranks drop the same tail, so that their epochs end together."""
     images_per_rank = num_images // num_ranks
     if not 1 <= batch_size <= images_per_rank:
+        remedy = f"pass a batch_size from 1 to {images_per_rank}" if images_per_rank else "use fewer processes"
         raise ValueError(
             f"{data_dir} holds {num_images} images, {images_per_rank} for each of {num_ranks} rank(s), which makes no "
-            f"batch of {batch_size}: pass a batch_size from 1 to {max(images_per_rank, 1)}, or add images"
+            f"batch of {batch_size}: {remedy}, or add images"
         )
     return images_per_rank // batch_size
 

@@ -96,7 +96,7 @@ class CSVOutputFormat(KVWriter):
         new = sorted(kvs.keys() - set(self.keys))
         if new:
             self._add_columns(new)
-        with open(self.filename, "a", encoding="utf-8", newline="") as file:
+        with _appending(self.filename) as file:
             self._writer(file).writerow([kvs.get(key) for key in self.keys])
 
     def _add_columns(self, new):
@@ -202,8 +202,17 @@ def _truncate(text, longest=30):
 
 
 def _append(filename, line):
-    with open(filename, "a", encoding="utf-8") as file:
+    with _appending(filename) as file:
         file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def _appending(filename):
+    try:
+        with open(filename, "a", encoding="utf-8", newline="") as file:
+            yield file
+    except OSError as error:  # of a write, it does not name the file
+        raise OSError(f"cannot write {filename}: {error.strerror or error}") from error
 
 
 def _drop_unfinished_line(filename):

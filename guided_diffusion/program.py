@@ -253,7 +253,8 @@ def run(main):
         if code:
             sys.exit(code)
 
-    config.run_program(leave_together)
+    with dist_util.leaving():
+        config.run_program(leave_together)
 
 
 def guide_of(args, flags, diffusion):

@@ -5,7 +5,7 @@ import inspect
 
 import torch
 
-from . import checkpoint, config, published, recognition
+from . import checkpoint, config, published, recognition, saves
 from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
 from .film_unet import Unet as FilmUnet
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -360,6 +360,7 @@ def open_classifier(path, explicit_flags=None, device="cpu"):
 
 def _open(path, kind, fp16, explicit, device):
     path = published.locate(path)
+    saves.check_file(path)
     place = torch.device(device).type
     state = checkpoint.load(path, "meta" if place == "meta" else "cpu")
     flags = identify(path, kind, state, explicit, explicit.get("preset", ""))

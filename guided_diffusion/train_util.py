@@ -109,6 +109,8 @@ class Trainer:
             raise ValueError(f"sharding is none, or, without use_fp16, fsdp; not {sharding} with use_fp16 {use_fp16}")
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
+        if keep_best and val_data is None:
+            raise ValueError("keep_best needs held-out images: give --val_data_dir")
         self.task, self.data = task, data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
@@ -304,20 +306,21 @@ class Trainer:
         return x0, cond, t, weights, noise_like(x0, (family, self.seed, self.step), places)
 
     def _gradient_norm(self):
-        return global_norm([p.grad for p in self.mp_trainer.model_params if p.grad is not None])
+        norm = global_norm([p.grad for p in self.mp_trainer.model_params if p.grad is not None])
+        return norm / 2**self.mp_trainer._lg_loss_scale if self.mp_trainer.use_fp16 else norm
 
     @property
     def _tells_noise_scale(self):
-        return dist_util.world_size() == 1 and not self.mp_trainer.use_fp16
+        return not self.mp_trainer.sharded  # whose parts of a gradient are added up over processes at once
 
     def _note_noise_scale(self, n):
         """
         The two unbiased estimates behind the gradient noise scale tr(S) / |G|^2 (McCandlish et al. 2018, arXiv
-        1812.06162, appendix A.1), from the norms of the first microbatch's gradient and of the whole one.
+        1812.06162, appendix A.1), from the norms of the gradients of the first microbatch, of n images in this process,
+        and of all images of all processes. Of the first there is one in each process: the log has their mean.
         """
-        small = (self._first_norm * n / self.microbatch).square()
-        big = self._gradient_norm().square()
-        b = self.microbatch
+        b, small = self.microbatch, (self._first_norm * n / self.microbatch).square()
+        n, big = n * dist_util.world_size(), self._gradient_norm().square()
         self.tally.add(grad_square=(n * big - b * small) / (n - b), grad_trace=(small - big) / (1 / b - 1 / n))
 
     def _set_lr(self):
@@ -410,6 +413,7 @@ class Trainer:
             losses = dist_util.gather_objects(th.stack(self._val_losses).mean().item())
             if (mean := sum(losses) / len(losses)) < self.best["val_loss"]:
                 self.best = {"step": self.step, "val_loss": mean}
+                logger.log(f"the least validation loss so far, {mean:.4g}: {checkpoint.model_name(self.step)}")
         self._val_losses = []
         files = self._files(tallies) if dist_util.is_main() or self.mp_trainer.sharded else None
         if dist_util.is_main():

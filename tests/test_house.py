@@ -25,7 +25,7 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays presets tensor_files",
+    "toy_models arrays presets tensor_files signals",
     "config pictures image_datasets download text",
     "diffunet super_res",
     "checkpoint recognition",
@@ -37,7 +37,7 @@ MACHINERY = [
     "train_util script_util watch",
     "diffusers_format",
     "convert",
-    "program study",
+    "program study rehearsal",
     "doctor",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library

@@ -240,6 +240,21 @@ def test_snapshots_that_do_not_fit_are_named(home, tmp_path, harm, message):
     assert not list(tmp_path.glob("*posthoc*"))
 
 
+@pytest.mark.parametrize("name, program", [
+    ("ema_power0.1_000018.pt", "posthoc_ema {}/damaged --sigma_rel 0.08"),
+    ("model000020.pt", "image_sample --model_path {}/damaged/model000020.pt --num_samples 2 --log_dir {}/drawn2"),
+])  # fmt: skip
+def test_a_flipped_bit_is_noticed_before_weights_are_used(home, tmp_path, name, program):
+    """Amid the weights, where torch itself opens the file."""
+    shutil.copytree(home / "run", tmp_path / "damaged")
+    content = bytearray((tmp_path / "damaged" / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged" / name).write_bytes(content)
+    checkpoint.load(tmp_path / "damaged" / name)
+    program, words = program.format(tmp_path, tmp_path).split(" ", 1)
+    refused(program, words, f"{name} is damaged: its SHA-256 is not")
+
+
 def test_a_folder_of_another_network_takes_no_average(home, tmp_path):
     content = json.loads((home / "run/config.json").read_text())
     content["flags"]["num_channels"] = 64
