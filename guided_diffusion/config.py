@@ -179,6 +179,12 @@ class RunOptions:
         tuple(presets.PRESETS),
     )
     device: str = option("", "cpu, cuda, cuda:1, mps...; empty: a GPU if there is one")
+    precision: str = option(
+        "",
+        "arithmetic in the bodies of the networks; their norms, embeddings, softmaxes and ends, and all checkpoints,"
+        " are fp32 always; empty: as --use_fp16 and --classifier_use_fp16 say",
+        ("", "fp32", "bf16", "fp16"),
+    )
     log_dir: str = option("", "folder for everything written; empty: $OPENAI_LOGDIR, else a new temporary folder")
     log_formats: str = option(
         "",
@@ -795,6 +801,17 @@ def check_watching(args):
             raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
     if args.sharding != "none" and (args.sample_interval or args.eval_every):
         raise ValueError("--sample_interval and --eval_every draw with a whole network: not with --sharding fsdp")
+
+
+def precision_of(precision, use_fp16, name="use_fp16"):
+    """
+    fp32, bf16 or fp16, as --precision says or, where that is empty, the flag `name` of a network.
+
+    :raises ValueError: if --precision fp32 or bf16 contradicts the flag.
+    """
+    if precision and use_fp16 and precision != "fp16":
+        raise ValueError(f"--precision {precision} and --{name} True are two precisions: drop --{name}")
+    return precision or ("fp16" if use_fp16 else "fp32")
 
 
 def log_formats(args, main):

@@ -20,11 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint, config, dist_util, logger, memory, program, runs
 from .config import ClassifierOptions, DiffusionOptions, DoctorOptions, ModelOptions, RunOptions, TrainOptions
+from .fp16_util import PRECISIONS
+from .pace import convolution_rate, paced
 from .rehearsal import Step, labelled
 from .unet import SHORT_LENGTH
 
 MIB, GIB = 2**20, 2**30
-DTYPES = (th.float32, th.bfloat16, th.float16)
+DTYPES = tuple(PRECISIONS.values())
 WORTH_IT = 1.2  # times as fast
 OPTIONAL = {
     "mpi4py": "mpiexec on several nodes without MASTER_ADDR",
@@ -175,7 +177,7 @@ def precision(found):
     pace = {}
     for dtype in DTYPES:
         try:
-            pace[dtype] = _convolutions(dtype, found.device)
+            pace[dtype] = convolution_rate(dtype, found.device)
             yield f"{_short(dtype)}: {pace[dtype] / 1e9:.3g} GFLOP/s in convolutions, forwards and backwards"
         except RuntimeError as error:
             yield f"{_short(dtype)}: not supported ({str(error).splitlines()[0]})"
@@ -184,20 +186,9 @@ def precision(found):
             ratio = pace[dtype] / pace[th.float32]
             verdict = "faster" if ratio > WORTH_IT else "no gain but memory" if ratio > 0.8 else "slower"
             yield f"{_short(dtype)} is {ratio:.2g} times as fast as float32: {verdict}"
-    yield f"recommended: --use_fp16 {pace.get(th.float16, 0) > WORTH_IT * pace[th.float32]}"
-
-
-def _convolutions(dtype, device):
-    """FLOP/s of training a 3x3 convolution, which is most of a U-Net, in images of a size for the device."""
-    n, channels, side = (32, 256, 64) if device.type == "cuda" else (4, 64, 16)
-    x = th.randn(n, channels, side, side, device=device).to(dtype).requires_grad_()
-    weight = th.randn(channels, channels, 3, 3, device=device).to(dtype).requires_grad_()
-
-    def once():
-        x.grad = weight.grad = None
-        F.conv2d(x, weight, padding=1).float().sum().backward()
-
-    return paced(once, device, seconds=0.3) * 3 * 2 * 9 * channels**2 * n * side**2
+    best = max(("bf16", "fp16"), key=lambda name: pace.get(PRECISIONS[name], 0))  # of equals bf16, which has no scale
+    worth = pace.get(PRECISIONS[best], 0) > WORTH_IT * pace[th.float32]
+    yield f"recommended: --precision {best if worth else 'fp32'}"
 
 
 def _short(dtype):
@@ -277,7 +268,7 @@ def network(found):
     yield f"in all, {tried} images at a time: about {total / MIB:.0f} MiB{about}"
     fits = _fitting(found, free, sum(fixed.values()), each)
     if fits == 0:
-        raise ValueError("not even one image at a time fits: take a smaller network, --use_checkpoint or --use_fp16")
+        raise ValueError("not even one image at a time fits: take a smaller network, --use_checkpoint or 16 bits")
     how = "was tried" if found.device.type == "cuda" else "is estimated, not tried" if free else "is not known here"
     yield f"a microbatch of {fits} of the {batch} images of a batch fits; that {how}"
     found.microbatch = args.microbatch if args.microbatch > 0 else fits
@@ -347,23 +338,6 @@ OF_A_NETWORK = ("network", "training", "loader", "bottleneck")
 PARTS = {"launcher": launcher, "devices": devices, "threads": threads, "attention": attention, "precision": precision,
          "disk": disk, "packages": packages, "network": network, "training": training, "loader": loader,
          "bottleneck": bottleneck}  # fmt: skip
-
-
-def paced(action, device, seconds=3.0, most=1000, what=""):
-    """How often a second `action()` can be done, the first time left out; tried for so long, or `most` times."""
-    from tqdm.auto import tqdm
-
-    wait = th.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    with tqdm(desc=f"measuring {what}", unit="", disable=not what) as bar:
-        action()
-        wait()
-        start, n = time.monotonic(), 0
-        while n == 0 or (n < most and time.monotonic() - start < seconds):
-            action()
-            wait()
-            n += 1
-            bar.update()
-        return n / max(time.monotonic() - start, 1e-9)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
+from .fp16_util import PRECISIONS
 from .generate import planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
+from .pace import convolution_rate
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
 
@@ -204,6 +206,19 @@ def open_images(args, flags, labelled):
     if labels is None and labelled:
         labels = [each["y"].item() for each in cond]
     return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
+
+
+def precision_of(args, flags, name):
+    """The precision of a network to train, by --precision or its flag `name`; said if it is slow here."""
+    precision = config.precision_of(args.precision, flags[name], name)
+    if precision != "fp32":
+        rate = {each: convolution_rate(PRECISIONS[each], dist_util.dev()) for each in ("fp32", precision)}
+        if rate[precision] < 0.8 * rate["fp32"]:
+            logger.warn(
+                f"{precision} is {rate['fp32'] / rate[precision]:.1f} times slower than fp32 on this device, by its"
+                " convolutions: fp32 will do better, unless memory counts most"
+            )
+    return precision
 
 
 def dropping(flags):

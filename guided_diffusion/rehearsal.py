@@ -4,7 +4,7 @@ import copy
 
 import torch as th
 
-from . import ema
+from . import config, ema
 from .fp16_util import MixedPrecisionTrainer, make_adamw
 from .nn import update_ema
 from .script_util import create_classifier_and_diffusion, create_model_and_diffusion
@@ -26,7 +26,7 @@ class Step:
     What `Trainer` does with a batch, in one process.
 
     :param kind: of the network: a row of TASKS; a classifier has no averages.
-    :param args: with lr, weight_decay, ema_rate, ema_halflife and ema_power.
+    :param args: with precision, lr, weight_decay, ema_rate, ema_halflife and ema_power.
     :param flags: {name: value} of the network and its process.
     """
 
@@ -36,7 +36,8 @@ class Step:
         self.flags, self.device = flags, device
         self.labelled = labelled(kind, flags)
         self.task = task(net.to(device), diffusion)
-        self.precision = MixedPrecisionTrainer(model=net, use_fp16=flags[half])
+        precision = config.precision_of(getattr(args, "precision", ""), flags[half], half)
+        self.precision = MixedPrecisionTrainer(model=net, precision=precision)
         self.opt = make_adamw(self.precision.master_params, lr=args.lr, weight_decay=args.weight_decay)
         averages = ema.parse(args.ema_rate, args.ema_halflife, args.ema_power)
         self.averages = averages if kind == "diffusion" else []

@@ -45,6 +45,7 @@ class Trainer:
     :param lr_schedule: a row of LR_SCHEDULES; all but "constant" end with `lr_anneal_steps`.
     :param lr_anneal_steps: let the rate fall to 0 over so many updates, and stop there (0: constant).
     :param lr_warmup: let the rate rise linearly from 0 over so many updates first.
+    :param precision: fp32, bf16 or fp16; "": as use_fp16 says.
     :param grad_clip: largest gradient norm (0: no limit).
     :param max_bad_steps: stop when so many steps in a row had no finite gradient; seen when a row of the log is due.
     :param max_minutes: save and stop after so many minutes (0: no limit).
@@ -82,6 +83,7 @@ class Trainer:
         save_interval=10000,
         resume_checkpoint="",
         use_fp16=False,
+        precision="",
         fp16_scale_growth=1e-3,
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         grad_clip=0.0,
@@ -105,8 +107,9 @@ class Trainer:
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, not {value}")
-        if sharding not in ("none", "fsdp") or (sharding == "fsdp" and use_fp16):
-            raise ValueError(f"sharding is none, or, without use_fp16, fsdp; not {sharding} with use_fp16 {use_fp16}")
+        precision = precision or ("fp16" if use_fp16 else "fp32")
+        if sharding not in ("none", "fsdp") or (sharding == "fsdp" and precision != "fp32"):
+            raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
         if keep_best and val_data is None:
@@ -136,7 +139,7 @@ class Trainer:
             shard(task.net)
         self.mp_trainer = MixedPrecisionTrainer(
             model=task.net,
-            use_fp16=use_fp16,
+            precision=precision,
             fp16_scale_growth=fp16_scale_growth,
             initial_lg_loss_scale=initial_lg_loss_scale,
             grad_clip=grad_clip,

@@ -22,7 +22,7 @@ def main():
         model=model.to(device),
         diffusion=diffusion,
         data=data,
-        use_fp16=flags["use_fp16"],
+        precision=program.precision_of(args, flags, "use_fp16"),
         fp16_scale_growth=args.fp16_scale_growth,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
         ema_rate=args.ema_rate,

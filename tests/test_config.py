@@ -61,7 +61,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 
 # What its users missed.
 PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
-RUN = {"seed": 0, "device": "", "log_dir": "", "log_formats": "", "preset": ""}
+RUN = {"seed": 0, "device": "", "precision": "", "log_dir": "", "log_formats": "", "preset": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,

@@ -25,7 +25,7 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays presets tensor_files signals",
+    "toy_models arrays presets tensor_files signals pace",
     "config pictures image_datasets download text",
     "diffunet super_res",
     "checkpoint recognition",

@@ -911,6 +911,31 @@ def test_a_loss_that_is_not_a_number_costs_one_update(name, words, task, pets, t
     assert all(value.isfinite().all() for value in checkpoint.load(tmp_path / "model000004.pt").values())
 
 
+def test_bf16_from_training_to_samples(pets, cond, tmp_path):
+    words = f"--data_dir {pets}/train {NET} {TRAIN} --class_cond True --iterations 2 --precision bf16"
+    done("image_train", f"{words} --log_dir {tmp_path}/model")
+    path = model_of(tmp_path / "model")
+    assert {value.dtype for value in checkpoint.load(path).values()} == {th.float32}
+    drawn = []
+    for precision in ("fp32", "bf16", "fp16"):
+        done("image_sample", f"--model_path {model_of(cond)} --num_samples 4 --batch_size 4 --timestep_respacing 3"
+             f" --precision {precision} --log_dir {tmp_path}/{precision}")  # fmt: skip
+        drawn.append(samples(tmp_path / precision)[1].astype(float))
+    fp32, bf16, fp16 = drawn
+    assert 0 < np.abs(fp16 - fp32).mean() < np.abs(bf16 - fp32).mean() < 8
+    refused("image_sample", f"--model_path {model_of(cond)} --precision bf16 --use_fp16 True --log_dir {tmp_path}",
+            "--precision bf16 and --use_fp16 True are two precisions: drop --use_fp16")  # fmt: skip
+    refused("image_train", f"{words} --sharding fsdp --log_dir {tmp_path}/b", "fp32, fsdp; not fsdp in bf16")
+
+
+def test_a_precision_that_is_slow_here_is_said(pets, tmp_path, monkeypatch):
+    words = f"--data_dir {pets}/train {NET} {TRAIN} --iterations 1"
+    for rate, said in ((1.0, True), (8.0, False)):
+        monkeypatch.setattr(program, "convolution_rate", lambda dtype, device: 5.0 if dtype == th.float32 else rate)  # noqa: B023
+        out = done("image_train", f"{words} --precision bf16 --log_dir {tmp_path}/{rate}").out
+        assert ("bf16 is 5.0 times slower than fp32 on this device" in out) == said
+
+
 def test_samples_that_are_not_numbers_are_not_written(plain, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(plain, folder)

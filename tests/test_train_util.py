@@ -283,14 +283,34 @@ def test_s08_15_and_39_half_precision_training_saves_float32_and_grows_its_scale
 
 
 def test_half_precision_gradients_are_the_full_ones_to_half_precision():
-    grads = []
-    for use_fp16 in (True, False):
-        trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, use_fp16=use_fp16,
+    """fp16 keeps 11 bits of a number, bf16 8."""
+    grads = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, precision=precision,
                           initial_lg_loss_scale=10.0)  # fmt: skip
+        assert trainer.mp_trainer.lg_loss_scale == (10 if precision == "fp16" else 0)
         trainer.forward_backward(*next(pictures()))
         scale = 2**trainer.mp_trainer.lg_loss_scale
-        grads.append(th.cat([p.grad.float().flatten() / scale for p in trainer.mp_trainer.model_params]))
-    assert (grads[0] - grads[1]).norm() < 5e-3 * grads[1].norm()
+        grads[precision] = th.cat([p.grad.float().flatten() / scale for p in trainer.mp_trainer.model_params])
+    errors = {name: ((grad - grads["fp32"]).norm() / grads["fp32"].norm()).item() for name, grad in grads.items()}
+    assert 0 < errors["fp16"] < 5e-3 and 2 * errors["fp16"] < errors["bf16"] < 4e-2
+
+
+def test_bf16_training_keeps_float32_masters_and_has_no_scale(folder):
+    """A number that fp16 cannot hold is one of bf16; updates below its 8 bits are kept by the masters."""
+    trainer = train(folder, 3, net=unet(), precision="bf16", data=pictures(), batch_size=4, averages=[ema.Rate(0.5)],
+                    lr=1e-5)  # fmt: skip
+    body, saved = trainer.task.net.state_dict(), checkpoint.load(folder / "model000003.pt")
+    kinds = {name: value.dtype for name, value in body.items()}
+    assert kinds["input_blocks.0.0.weight"] == th.bfloat16 and trainer.mp_trainer.lg_loss_scale == 0
+    assert {kinds[name] for name in ("out.0.weight", "out.2.weight", "time_embed.0.weight")} == {th.float32}
+    assert {value.dtype for value in saved.values()} == {th.float32}
+    before = unet().state_dict()["input_blocks.0.0.weight"]
+    assert not th.equal(saved["input_blocks.0.0.weight"], before)
+    assert th.equal(body["input_blocks.0.0.weight"], saved["input_blocks.0.0.weight"].bfloat16())
+    huge = [{"data": ((x * 1e6, cond) for x, cond in pictures()), "precision": each} for each in ("bf16", "fp16")]
+    skipped = [train(folder, 1, net=unet(), batch_size=4, **how).mp_trainer.skipped for how in huge]
+    assert skipped == [0, 1]
 
 
 def test_overflow_halves_the_scale_and_skips(folder):
@@ -500,9 +520,10 @@ def contents(folder, step):
     return files, [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, half):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, precision):
     """Weights, averages, optimizer, loss scale, history of losses, best loss, and every row of the log."""
+    half = precision != "fp32"
 
     def run(folder, data, resume="", steps=11):
         net = unet() if half else Net()
@@ -513,7 +534,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, half):
             train(
                 folder, steps, task=DiffusionTask(net, DIFFUSION, sampler), data=data, microbatch=3,
                 averages=ema.parse("0.9", "0.05", "0.1"), val_data=batches_from(1 if half else 0, resume, 2),
-                eval_interval=2, keep_best=True, save_interval=3, log_interval=4, use_fp16=half, lr_warmup=5,
+                eval_interval=2, keep_best=True, save_interval=3, log_interval=4, precision=precision, lr_warmup=5,
                 initial_lg_loss_scale=10.0, resume_checkpoint=resume,
             )  # fmt: skip
 
