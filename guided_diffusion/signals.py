@@ -1,5 +1,6 @@
 """The signals that ask a run to save and leave, and how the processes that load its images stay out of them."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -19,10 +20,12 @@ def heed_parent_alone(worker=None):
                 signal.signal(number, signal.SIG_IGN)
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
-    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+    maker = multiprocessing.parent_process()  # which a server may stand between
+    parents = {os.getppid(), maker.pid if maker else None}
+    threading.Thread(target=_wait_for, args=(parents,), daemon=True).start()
 
 
-def _wait_for_parent(parent):
-    while signal.sigwaitinfo(ASKING).si_pid != parent:
+def _wait_for(parents):
+    while signal.sigwaitinfo(ASKING).si_pid not in parents:
         pass
     os._exit(0)

@@ -350,7 +350,7 @@ class Trainer:
         """Write a row of the log: means over all processes since the last one. Returns the training loss."""
         row = self.tally.means()
         trace, square = row.pop("grad_trace", None), row.pop("grad_square", None)
-        if trace is not None and square > 0:
+        if trace is not None and min(trace, square) > 0:
             row["grad_noise_scale"] = trace / square  # images
         row |= self._probe()
         now = time.monotonic()

@@ -177,10 +177,10 @@ def distance(one, other):
 
 
 def test_averages_put_together_are_those_tracked_directly(home):
-    tracked = words("digits/train", "tracked", "--ema_power 0.08,0.12 --class_cond --num_classes 10")
-    stranger("scripts/image_train.py", tracked, home)
+    more = "--ema_power 0.08,0.12 --class_cond --num_classes 10"
+    done("image_train", words(home / "digits/train", home / "tracked", more))
     assert th.equal(flat(home / "run/model000020.pt"), flat(home / "tracked/model000020.pt"))
-    said = stranger("scripts/posthoc_ema.py", "run --sigma_rel 0.05,0.08,0.12", home).stdout
+    said = done("posthoc_ema", f"{home}/run --sigma_rel 0.05,0.08,0.12").out
     assert said.startswith("20 snapshots of widths 0.05, 0.1\n")
     assert "run/ema_posthoc0.05_000020.pt: relative error of the profile 0.00%" in said and "warning" not in said
     own = flat(home / "run/ema_power0.05_000020.pt")

@@ -1,6 +1,7 @@
 """One run, however it is shared, and however it is broken off: processes, microbatches, workers, kills, signals."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -8,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
 from test_dist_util import AS_ROOT, OPENMPI
-from test_programs import BIN, CLASSIFIER, MPIEXEC, NET, ROOT, rows, same, samples, shell, stranger
+from test_programs import BIN, CLASSIFIER, MPIEXEC, NET, ROOT, done, rows, same, samples, shell, stranger
 
 from guided_diffusion import checkpoint, saves, signals
 
@@ -35,39 +37,56 @@ def words(name, digits, log_dir, *, batch, iterations=20, more=""):
 
 
 def launched(processes, launcher):
+    """The words before a program's name."""
     n = str(processes)
     openmpi = [*AS_ROOT, OPENMPI, "--map-by", ":OVERSUBSCRIBE", "-n", n]
     return {None: [], "mpiexec": [MPIEXEC, "-n", n], "torchrun": [*TORCHRUN, n], "Open MPI": openmpi}[launcher]
 
 
+def share(processes, batch, microbatch, launcher, slow=True):
+    name = f"{processes}x{batch} by {microbatch} {launcher or ''}".strip()
+    return pytest.param(processes, batch, microbatch, launcher, marks=[pytest.mark.slow] * slow, id=name)
+
+
 SHARES = [  # processes, images a process, microbatch, launcher
-    (1, 8, 1, None),
-    (1, 8, 3, None),
-    (2, 4, -1, "mpiexec"),
-    (2, 4, 2, "torchrun"),
-    pytest.param(4, 2, -1, "mpiexec", marks=pytest.mark.slow),
-    pytest.param(4, 2, 1, "torchrun", marks=pytest.mark.slow),
-    pytest.param(8, 1, -1, "mpiexec", marks=pytest.mark.slow),
-    *(pytest.param(n, 8 // n, -1, "Open MPI", marks=pytest.mark.slow) for n in (2, 4) if OPENMPI),
+    share(1, 8, 3, None, slow=False),
+    share(2, 4, -1, "mpiexec", slow=False),
+    share(2, 4, 2, "torchrun", slow=False),
+    share(1, 8, 1, None),
+    share(1, 8, 2, None),
+    *(share(n, 8 // n, -1, "mpiexec") for n in (4, 8)),
+    share(4, 2, 1, "torchrun"),
+    *(share(n, 8 // n, microbatch, "Open MPI") for n, microbatch in ((2, 1), (4, -1)) if OPENMPI),
 ]
+FLIPPED = {"image_train": "--schedule_sampler loss-second-moment", "classifier_train": "--random_crop True"}
 
 
-@pytest.mark.parametrize("name", ["image_train", "classifier_train"])
-def test_the_same_run_however_the_batch_is_shared(name, digits, tmp_path_factory, request):
+@pytest.fixture(scope="module")
+def whole(digits):
+    """(program) -> the folder of its run in one process with the whole batch."""
+
+    @functools.cache
+    def trained(name):
+        folder = digits / f"whole_{name}"
+        done(name, words(name, digits, folder, batch=8, more=FLIPPED[name]))
+        return folder
+
+    return trained
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+@pytest.mark.parametrize("processes, batch, microbatch, launcher", SHARES)
+def test_the_same_run_however_the_batch_is_shared(name, processes, batch, microbatch, launcher, digits, whole):
     """Flips, timesteps, noise, losses and weights are those of one process with the whole batch."""
-    more = "--schedule_sampler loss-second-moment" if name == "image_train" else "--random_crop True"
-    whole = digits / f"whole_{name}"
-    stranger(f"scripts/{name}.py", words(name, digits, whole, batch=8, more=more), digits)
-    slow = "slow" in (request.config.getoption("-m") or "not slow").replace("not slow", "", 1)
-    for share in SHARES:
-        marked = hasattr(share, "values")
-        if marked and not slow:
-            continue
-        processes, batch, microbatch, launcher = share.values if marked else share
-        folder = digits / f"{name}_{processes}_{microbatch}_{launcher}"
-        line = words(name, digits, folder, batch=batch, more=f"{more} --microbatch {microbatch}")
+    if launcher == "mpiexec" and not MPIEXEC:
+        pytest.skip("no mpiexec")
+    folder = digits / f"{name}_{processes}_{microbatch}_{launcher}"
+    line = words(name, digits, folder, batch=batch, more=f"{FLIPPED[name]} --microbatch {microbatch}")
+    if launcher:
         stranger(f"scripts/{name}.py", line, digits, launched(processes, launcher))
-        assert_same_run(whole, folder)
+    else:
+        done(name, line)
+    assert_same_run(whole(name), folder)
 
 
 def assert_same_run(whole, folder, rtol=1e-5):
@@ -85,15 +104,15 @@ def assert_same_run(whole, folder, rtol=1e-5):
     assert ((found - expected)[felt].norm() / expected[felt].norm()).item() < rtol
 
 
-def test_samples_of_the_two_runs_agree(digits):
-    whole, shared = digits / "whole_image_train", digits / "image_train_2_-1_mpiexec"
-    if not shared.exists():
+def test_samples_of_the_two_runs_agree(digits, whole):
+    shared = [digits / f"image_train_2_{share}" for share in ("-1_mpiexec", "2_torchrun")]
+    if not any(map(Path.exists, shared)):
         pytest.skip("needs the runs of the test above")
     drawn = []
-    for folder in (whole, shared):
+    for folder in (whole("image_train"), next(filter(Path.exists, shared))):
         out = digits / f"samples_{folder.name}"
-        stranger("scripts/image_sample.py", f"--model_path {folder}/model000020.pt --num_samples 8 --batch_size 8"
-                 f" --timestep_respacing 20 --log_dir {out}", digits)  # fmt: skip
+        done("image_sample", f"--model_path {folder}/model000020.pt --num_samples 8 --batch_size 8"
+             f" --timestep_respacing 20 --log_dir {out}")  # fmt: skip
         drawn.append(samples(out)[1].astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
 
@@ -215,7 +234,7 @@ def test_a_signal_to_a_launcher_saves_what_both_processes_did(number, launcher, 
 
 @pytest.mark.skipif(not MPIEXEC, reason="no mpiexec")
 def test_two_processes_killed_at_any_moment_go_on_to_the_same_end(digits, tmp_path):
-    kills(digits, tmp_path, count=4, processes=2, seed=0)
+    kills(digits, tmp_path, count=2, processes=2, seed=0, iterations=40)
 
 
 @pytest.mark.slow
@@ -224,7 +243,7 @@ def test_fifty_kills(processes, digits, tmp_path):
     kills(digits, tmp_path, count=50, processes=processes, seed=processes, iterations=400)
 
 
-def kills(digits, tmp_path, count, processes, seed, iterations=60):
+def kills(digits, tmp_path, count, processes, seed, iterations):
     """SIGKILL at a random step, half of them while a checkpoint is being written; then to the end undisturbed."""
     launcher, rng = launched(processes, "mpiexec" if processes > 1 else None), random.Random(seed)
     more = "--ema_rate 0.9 --schedule_sampler loss-second-moment --random_flip True"
@@ -261,7 +280,7 @@ def kills(digits, tmp_path, count, processes, seed, iterations=60):
             for name in ("whole", "broken")]  # fmt: skip
     assert logs[0] == logs[1]
     print(f"{count} kills, {cut_short} of them amid a save")
-    assert cut_short >= 0.3 * count  # half of them are aimed; a save of so small a network is over in an instant
+    assert cut_short > 0.3 * count  # half of them are aimed; a save of so small a network is over in an instant
 
 
 @pytest.mark.slow
