@@ -145,7 +145,7 @@ def test_a_shared_run_stops_where_nothing_is_finite(digits, tmp_path):
 
 def test_what_cannot_be_shared(digits, tmp_path):
     words = line(digits, tmp_path / "run", "fsdp")
-    refused("image_train", f"{words} --use_fp16 True", "sharding is none, or, without use_fp16, fsdp; not fsdp with")
+    refused("image_train", f"{words} --use_fp16 True", "none, or, in precision fp32, fsdp; not fsdp in fp16")
     refused("image_train", f"{words} --sharding zero", "choose from .none., .fsdp.")
 
 
