@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -168,6 +169,23 @@ def test_a_background_save_copies_before_it_returns(tmp_path):
         value["nested"][0]["v"] += 1
     saved = checkpoint.load(tmp_path / "model000001.pt")
     assert saved["w"].sum() == 0 and saved["nested"][0]["v"].sum() == 0
+
+
+def test_a_background_save_does_not_wait_for_the_disk_but_the_next_one_does(tmp_path, monkeypatch):
+    disk, real = threading.Event(), saves.write
+    monkeypatch.setattr(saves, "write", lambda *args: (disk.wait(30), real(*args)))
+    saver = saves.Saver(tmp_path)
+    saver.submit(1, files(1))
+    assert names(tmp_path) == []  # and we are here: steps go on
+    second = threading.Thread(target=saver.submit, args=(2, files(2)))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    disk.set()
+    second.join(30)
+    saver.wait()
+    assert saves.newest(tmp_path) == (str(tmp_path / "model000002.pt"), [])
+    assert saves.committed(names(tmp_path)) == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------- the lock

@@ -156,32 +156,36 @@ import torch.distributed as dist
 from guided_diffusion import dist_util, sharding
 from guided_diffusion.unet import UNetModel
 
-dist_util.setup_dist("cpu")
-torch.manual_seed(0)
-net = UNetModel(8, 1, 32, 1, 1, (1,), channel_mult=(1, 2), num_classes=3)
-shapes = {name: value.shape for name, value in net.state_dict().items()}
-whole = {name: value.clone() for name, value in net.state_dict().items()}
-sharding.shard(net)
-named = dict(net.named_parameters())
-parts = {name: sharding.local(p) for name, p in named.items()}
-share = sum(part.numel() for part in parts.values()) / sum(value.numel() for value in whole.values())
-assert abs(share - 0.5) < 0.01, share
-assert len(sharding.blocks(net)) == 9
-for name, part in parts.items():
-    back = sharding.whole(part, named[name])
-    assert (back is None) == (dist.get_rank() == 1)
-    assert back is None or torch.equal(back, whole[name])
-    assert torch.equal(sharding.part_of(whole[name], named[name]), part)
-norm = torch.linalg.vector_norm(torch.stack([part.norm() for part in parts.values()]))
-expected = torch.linalg.vector_norm(torch.stack([value.norm() for value in whole.values()]))
-torch.testing.assert_close(sharding.total_norm(norm), expected)
-try:
-    sharding.part_of(torch.zeros(7, 3), named["label_emb.weight"])
-except ValueError as error:
-    assert "of shape (7, 3) where (3, 128) is needed" in str(error)
-else:
-    raise AssertionError
-dist_util.finish()
+def main():
+    dist_util.setup_dist("cpu")
+    torch.manual_seed(0)
+    net = UNetModel(8, 1, 32, 1, 1, (1,), channel_mult=(1, 2), num_classes=3)
+    shapes = {name: value.shape for name, value in net.state_dict().items()}
+    whole = {name: value.clone() for name, value in net.state_dict().items()}
+    sharding.shard(net)
+    named = dict(net.named_parameters())
+    parts = {name: sharding.local(p) for name, p in named.items()}
+    share = sum(part.numel() for part in parts.values()) / sum(value.numel() for value in whole.values())
+    assert abs(share - 0.5) < 0.01, share
+    assert len(sharding.blocks(net)) == 9
+    for name, part in parts.items():
+        back = sharding.whole(part, named[name])
+        assert (back is None) == (dist.get_rank() == 1)
+        assert back is None or torch.equal(back, whole[name])
+        assert torch.equal(sharding.part_of(whole[name], named[name]), part)
+    norm = torch.linalg.vector_norm(torch.stack([part.norm() for part in parts.values()]))
+    expected = torch.linalg.vector_norm(torch.stack([value.norm() for value in whole.values()]))
+    torch.testing.assert_close(sharding.total_norm(norm), expected)
+    try:
+        sharding.part_of(torch.zeros(7, 3), named["label_emb.weight"])
+    except ValueError as error:
+        assert "of shape (7, 3) where (3, 128) is needed" in str(error)
+    else:
+        raise AssertionError
+    dist_util.finish()
+
+with dist_util.leaving():
+    main()
 """
 
 

@@ -40,7 +40,7 @@ def launched(processes, launcher):
     """The words before a program's name."""
     n = str(processes)
     openmpi = [*AS_ROOT, OPENMPI, "--map-by", ":OVERSUBSCRIBE", "-n", n]
-    return {None: [], "mpiexec": [MPIEXEC, "-n", n], "torchrun": [*TORCHRUN, n], "Open MPI": openmpi}[launcher]
+    return {None: [], "mpiexec": [MPIEXEC, "-n", n], "torchrun": [*TORCHRUN, n], "openmpi": openmpi}[launcher]
 
 
 def share(processes, batch, microbatch, launcher, slow=True):
@@ -56,7 +56,7 @@ SHARES = [  # processes, images a process, microbatch, launcher
     share(1, 8, 2, None),
     *(share(n, 8 // n, -1, "mpiexec") for n in (4, 8)),
     share(4, 2, 1, "torchrun"),
-    *(share(n, 8 // n, microbatch, "Open MPI") for n, microbatch in ((2, 1), (4, -1)) if OPENMPI),
+    *(share(n, 8 // n, microbatch, "openmpi") for n, microbatch in ((2, 1), (4, -1)) if OPENMPI),
 ]
 FLIPPED = {"image_train": "--schedule_sampler loss-second-moment", "classifier_train": "--random_crop True"}
 
