@@ -360,9 +360,10 @@ def open_classifier(path, explicit_flags=None, device="cpu"):
 
 def _open(path, kind, fp16, explicit, device):
     path = published.locate(path)
-    state = checkpoint.load(path)
+    place = torch.device(device).type
+    state = checkpoint.load(path, "meta" if place == "meta" else "cpu")
     flags = identify(path, kind, state, explicit, explicit.get("preset", ""))
-    if torch.device(device).type == "cpu" and fp16 not in explicit:
+    if place == "cpu" and fp16 not in explicit:
         flags[fp16] = False
     with torch.device("meta"):  # nothing is drawn that the file is to replace
         network = build(kind, flags)

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion import checkpoint, config, convert, diffusers_format, identify, script_util, tensor_files
+from guided_diffusion import (
+    checkpoint,
+    config,
+    convert,
+    diffusers_format,
+    identify,
+    presets,
+    recognition,
+    script_util,
+    tensor_files,
+)
 
 safetensors = pytest.importorskip("safetensors.torch")
 diffusers = pytest.importorskip("diffusers")
@@ -268,6 +278,25 @@ def test_networks_that_diffusers_does_not_have(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert.convert(path, tmp_path / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model000003.pt"]
+
+
+@pytest.mark.parametrize("name", ["imagenet64", "imagenet256", "imagenet256-uncond"])
+def test_the_tensors_of_a_published_model_have_the_names_of_diffusers(name):
+    flags = config.defaults(*identify.GROUPS["diffusion"]) | presets.PRESETS[name].flags
+    with torch.device("meta"):
+        state = script_util.create_model_and_diffusion(**flags)[0].state_dict()
+        attention = recognition.infer_flags(state)["attention_downsampling"]
+        theirs = diffusers.UNet2DModel.from_config(diffusers_format.unet_config(flags, attention)).state_dict()
+    ours = diffusers_format.exported(state, flags, attention)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("name, message", [("imagenet128", "4 heads at the widths 512, 768, 1024"),
+                                           ("imagenet512", "--channel_mult")])  # fmt: skip
+def test_published_models_that_diffusers_does_not_have(name, message):
+    flags = config.defaults(*identify.GROUPS["diffusion"]) | presets.PRESETS[name].flags
+    with pytest.raises(ValueError, match=message):
+        diffusers_format.unet_config(flags, {4, 8, 16})
 
 
 @pytest.mark.parametrize(
