@@ -44,7 +44,7 @@ def identify(path, kind, state, explicit=None, preset=""):
         raise ValueError(f"{path} holds a {inferred['kind']} network, but a {kind} one is needed")
     the_originals_way = bool(sources[0][1].keys() & inferred.keys() - NEUTRAL)
     guessed, notes = {}, []
-    if not content and not preset:
+    if len(sources) == 1:  # the user's word alone
         guessed, notes = _published(path, kind, state, by_tensors=not the_originals_way)
     known = guessed | told
     open_flags = _open_flags(kind, state, _inferred(path, kind, state, known), known)
@@ -125,8 +125,8 @@ def _published(path, kind, state, by_tensors):
     shared = set.intersection(*(set(whole(preset).items()) for preset in same.values()))
     files = ", ".join(preset.file for preset in same.values())
     notes.append(
-        f"{path}: taken for a published model, as it has the tensors of {files}; if it was trained otherwise, type its"
-        f" flags, --{SIZES[kind]} first"
+        f"{path}: taken for a published model, as it has the tensors of {files}; if it was trained otherwise, type"
+        f" what differs, as --{SIZES[kind]} or the heads"
     )
     return dict(shared), notes
 

@@ -128,6 +128,12 @@ def test_the_classifier_of_a_preset(tmp_path):
     assert (flags["classifier_depth"], flags["noise_schedule"], flags["image_size"]) == (4, "cosine", 64)
 
 
+def test_a_preset_without_a_classifier_leaves_that_to_its_file(tmp_path):
+    path = file_of(ZOO["256x256_classifier"]["state_dict"], tmp_path / "x.pt")
+    _, flags = script_util.open_classifier(path, {"preset": "lsun-cat"}, device="meta")
+    assert (flags["image_size"], flags["classifier_num_head_channels"]) == (256, 64)
+
+
 def test_a_preset_beside_config_json_leaves_to_it_what_it_does_not_say(tmp_path):
     own = DEFAULTS["diffusion"] | presets.PRESETS["imagenet128"].flags | {"num_classes": 10, "predict": "v"}
     path = file_of(shapes_of("diffusion", own), tmp_path / "model000001.pt")
