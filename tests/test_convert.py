@@ -67,6 +67,11 @@ def test_its_own_library_reads_what_we_write(tmp_path):
     assert same(safetensors.load_file(path), TENSORS)
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "guided_diffusion": '{"kind": "x"}'}
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    places = json.loads(content[8 : 8 + length])
+    for name, tensor in TENSORS.items():  # no number lies across the places that its type wants
+        assert (8 + length + places[name]["data_offsets"][0]) % tensor.element_size() == 0
 
 
 def test_we_read_what_its_own_library_writes(tmp_path):
@@ -367,6 +372,17 @@ def test_targets_are_not_overwritten_and_configs_of_others_not_touched(tmp_path)
     with pytest.raises(ValueError, match=r"other has a config.json of other checkpoints: choose another folder"):
         convert.convert(path, other / "m.pt")
     assert sorted(p.name for p in other.iterdir()) == ["config.json", "model000009.pt"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    path, _ = saved(tmp_path)
+    monkeypatch.setattr(checkpoint, "save_safetensors", fail)
+    with pytest.raises(OSError, match="No space left"):
+        convert.convert(path, tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model000003.pt"]
 
 
 def test_classifiers_and_super_resolution_become_safetensors_only(tmp_path):

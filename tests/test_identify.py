@@ -87,6 +87,13 @@ def test_a_file_named_like_a_published_one_with_other_tensors(tmp_path, capsys):
         script_util.open_classifier(path)
 
 
+def test_config_json_spares_every_guess(tmp_path, capsys):
+    path = file_of(ZOO["64x64_diffusion"]["state_dict"], tmp_path / "64x64_diffusion.pt")
+    told = DEFAULTS["diffusion"] | ZOO["64x64_diffusion"]["flags"] | {"num_head_channels": 32, "dropout": 0.3}
+    checkpoint.write_config(tmp_path, "diffusion", told)
+    assert script_util.open_diffusion(path, device="meta")[2] == told and capsys.readouterr().out == ""
+
+
 def test_typed_flags_win_over_a_published_name(tmp_path):
     path = file_of(ZOO["256x256_diffusion_uncond"]["state_dict"], tmp_path / "256x256_diffusion_uncond.pt")
     *_, flags = script_util.open_diffusion(path, {"image_size": 512, "noise_schedule": "cosine"}, device="meta")
