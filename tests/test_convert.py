@@ -178,6 +178,8 @@ def test_diffusers_computes_what_our_network_does_and_back(case, tmp_path):
     folder = tmp_path / "folder"
     convert.convert(path, folder)
     theirs = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
+    with pytest.raises(ValueError, match=r"is a folder of diffusers: make a checkpoint of it by scripts/convert.py"):
+        script_util.open_diffusion(folder)
     classes = 11 if flags["class_cond"] else 0
     assert_same_network(network, theirs, classes)
     back = tmp_path / "back" / "m.safetensors"
