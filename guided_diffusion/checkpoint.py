@@ -184,6 +184,8 @@ def load(path, map_location="cpu"):
         raise FileNotFoundError(f"no checkpoint {path}{config.nearest(name, names_in(folder or '.'))}")
     if os.path.isdir(path):
         held = latest(path)
+        if "unet" in names_in(path) or "diffusion_pytorch_model.safetensors" in names_in(path):
+            raise ValueError(f"{path} is a folder of diffusers: make a checkpoint of it by scripts/convert.py")
         raise ValueError(f"{path} is a folder: give " + (f"the checkpoint in it, {held}" if held else "a checkpoint"))
     if is_safetensors(path):
         with reading(path) as file:

@@ -329,7 +329,11 @@ class ClassifierTrainOptions(_Training):
 
 @dataclass
 class _Sampling:
-    model_path: str = option("", "checkpoint of the diffusion model; config.json beside it spares the network's flags")
+    model_path: str = option(
+        "",
+        "checkpoint of the diffusion model: a path, an address or a published name, as 64x64_diffusion; config.json"
+        " beside it, its name or its tensors spare the network's flags (docs/checkpoints.md)",
+    )
     num_samples: int = option(10000, "images to draw")
     batch_size: int = changed(_Training, "batch_size", 16)
     clip_denoised: bool = option(True, "clip each predicted clean image to the range of pixels")

@@ -42,10 +42,13 @@ def identify(path, kind, state, explicit=None, preset=""):
     inferred = _inferred(path, kind, state, told)
     if inferred["kind"] != kind:
         raise ValueError(f"{path} holds a {inferred['kind']} network, but a {kind} one is needed")
-    told_by_model, notes = _published(path, kind, state, told) if not content and not preset else ({}, [])
-    known = told_by_model | told
+    the_originals_way = bool(sources[0][1].keys() & inferred.keys() - NEUTRAL)
+    guessed, notes = {}, []
+    if len(sources) == 1:  # the user's word alone
+        guessed, notes = _published(path, kind, state, by_tensors=not the_originals_way)
+    known = guessed | told
     open_flags = _open_flags(kind, state, _inferred(path, kind, state, known), known)
-    if open_flags and not sources[0][1].keys() & inferred.keys() - NEUTRAL:
+    if open_flags and not the_originals_way:
         raise ValueError(_question(path, kind, state, open_flags, known))
     flags = defaults | known
     inferred = _inferred(path, kind, state, flags)
@@ -105,7 +108,7 @@ def fits(preset, path, state):
     return inferred["kind"] == preset.kind and not recognition.misfits(whole(preset), inferred)
 
 
-def _published(path, kind, state, told):
+def _published(path, kind, state, by_tensors):
     """({name: value}, lines for the log) of the published model that this is by name, or may be by its tensors."""
     named = presets.by_name(path)
     if named and named.kind == kind:
@@ -116,14 +119,14 @@ def _published(path, kind, state, told):
         notes = []
     same = {name: preset for name, preset in presets.PRESETS.items() if preset.kind == kind
             and fits(preset, path, state)}  # fmt: skip
-    if not same:
+    if not same or not by_tensors:
         return {}, notes
     # Those of equal shapes differ in dropout alone, which changes nothing but training.
     shared = set.intersection(*(set(whole(preset).items()) for preset in same.values()))
     files = ", ".join(preset.file for preset in same.values())
     notes.append(
-        f"{path}: taken for a published model, as it has the tensors of {files}; if it was trained otherwise, type its"
-        f" flags, --{SIZES[kind]} first"
+        f"{path}: taken for a published model, as it has the tensors of {files}; if it was trained otherwise, type"
+        f" what differs, as --{SIZES[kind]} or the heads"
     )
     return dict(shared), notes
 

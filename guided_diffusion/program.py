@@ -31,7 +31,8 @@ def start(args, *settled_later):
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)
     for name in vars(args).keys() & {"model_path", "classifier_path", "guide_path", "resume_checkpoint"}:
-        found = [published.locate(path) for path in getattr(args, name).split(",")]
+        paths = getattr(args, name)
+        found = [published.locate(path) for path in (paths.split(",") if name == "classifier_path" else [paths])]
         setattr(args, name, ",".join(found))
     wanted = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or logger.default_dir()
     folder = dist_util.gather_objects(wanted)[0]

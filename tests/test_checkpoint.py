@@ -236,6 +236,10 @@ def test_paths_elsewhere_go_through_blobfile(monkeypatch):
     assert checkpoint.latest("gs://bucket/run") == "gs://bucket/run/model000005.pt"
     assert torch.equal(checkpoint.load("gs://bucket/run/model000005.pt")["a"], torch.ones(2))
     assert checkpoint.read_config("gs://bucket/run/model000005.pt")["flags"] == {"image_size": 8}
+    checkpoint.save_safetensors({"a": torch.ones(2)}, "gs://bucket/run/m.safetensors", {"format": 1, "kind": "x"})
+    assert torch.equal(checkpoint.load("gs://bucket/run/m.safetensors")["a"], torch.ones(2))
+    with pytest.raises(ValueError, match=r"gs://bucket/run/m.safetensors lacks kind or flags"):
+        checkpoint.read_config("gs://bucket/run/m.safetensors")
     with pytest.raises(FileNotFoundError, match=r"gs://bucket/run/model00005\.pt; did you mean model000005\.pt"):
         checkpoint.load("gs://bucket/run/model00005.pt")
 

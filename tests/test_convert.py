@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion import checkpoint, config, convert, diffusers_format, identify, script_util, tensor_files
+from guided_diffusion import (
+    checkpoint,
+    config,
+    convert,
+    diffusers_format,
+    identify,
+    presets,
+    recognition,
+    script_util,
+    tensor_files,
+)
 
 safetensors = pytest.importorskip("safetensors.torch")
 diffusers = pytest.importorskip("diffusers")
@@ -57,6 +67,11 @@ def test_its_own_library_reads_what_we_write(tmp_path):
     assert same(safetensors.load_file(path), TENSORS)
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "guided_diffusion": '{"kind": "x"}'}
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    places = json.loads(content[8 : 8 + length])
+    for name, tensor in TENSORS.items():  # no number lies across the places that its type wants
+        assert (8 + length + places[name]["data_offsets"][0]) % tensor.element_size() == 0
 
 
 def test_we_read_what_its_own_library_writes(tmp_path):
@@ -163,6 +178,8 @@ def test_diffusers_computes_what_our_network_does_and_back(case, tmp_path):
     folder = tmp_path / "folder"
     convert.convert(path, folder)
     theirs = diffusers.UNet2DModel.from_pretrained(folder / "unet").eval()
+    with pytest.raises(ValueError, match=r"is a folder of diffusers: make a checkpoint of it by scripts/convert.py"):
+        script_util.open_diffusion(folder)
     classes = 11 if flags["class_cond"] else 0
     assert_same_network(network, theirs, classes)
     back = tmp_path / "back" / "m.safetensors"
@@ -270,6 +287,25 @@ def test_networks_that_diffusers_does_not_have(changes, message, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model000003.pt"]
 
 
+@pytest.mark.parametrize("name", ["imagenet64", "imagenet256", "imagenet256-uncond"])
+def test_the_tensors_of_a_published_model_have_the_names_of_diffusers(name):
+    flags = config.defaults(*identify.GROUPS["diffusion"]) | presets.PRESETS[name].flags
+    with torch.device("meta"):
+        state = script_util.create_model_and_diffusion(**flags)[0].state_dict()
+        attention = recognition.infer_flags(state)["attention_downsampling"]
+        theirs = diffusers.UNet2DModel.from_config(diffusers_format.unet_config(flags, attention)).state_dict()
+    ours = diffusers_format.exported(state, flags, attention)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("name, message", [("imagenet128", "4 heads at the widths 512, 768, 1024"),
+                                           ("imagenet512", "--channel_mult")])  # fmt: skip
+def test_published_models_that_diffusers_does_not_have(name, message):
+    flags = config.defaults(*identify.GROUPS["diffusion"]) | presets.PRESETS[name].flags
+    with pytest.raises(ValueError, match=message):
+        diffusers_format.unet_config(flags, {4, 8, 16})
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("freq_shift", 1), ("norm_eps", 1e-6), ("downsample_padding", 0), ("norm_num_groups", 16), ("sample_size", None),
@@ -338,6 +374,17 @@ def test_targets_are_not_overwritten_and_configs_of_others_not_touched(tmp_path)
     with pytest.raises(ValueError, match=r"other has a config.json of other checkpoints: choose another folder"):
         convert.convert(path, other / "m.pt")
     assert sorted(p.name for p in other.iterdir()) == ["config.json", "model000009.pt"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    path, _ = saved(tmp_path)
+    monkeypatch.setattr(checkpoint, "save_safetensors", fail)
+    with pytest.raises(OSError, match="No space left"):
+        convert.convert(path, tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model000003.pt"]
 
 
 def test_classifiers_and_super_resolution_become_safetensors_only(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion import checkpoint, config, identify, presets, recognition, script_util
+from guided_diffusion import checkpoint, config, identify, logger, presets, recognition, script_util
 
 ZOO = json.loads((Path(__file__).parent / "golden" / "model_zoo.json").read_text())
 PUBLISHED = [name for name in ZOO if f"{name}.pt" in {preset.file for preset in presets.PRESETS.values()}]
@@ -24,6 +24,12 @@ BUILD = {
     "classifier": script_util.create_classifier_and_diffusion,
 }
 DEFAULTS = {kind: config.defaults(*groups) for kind, groups in identify.GROUPS.items()}
+
+
+@pytest.fixture(autouse=True)
+def printed(monkeypatch):
+    """What is found is printed, as where no program has set up a log."""
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
 
 
 def file_of(shapes, path):
@@ -81,6 +87,13 @@ def test_a_file_named_like_a_published_one_with_other_tensors(tmp_path, capsys):
         script_util.open_classifier(path)
 
 
+def test_config_json_spares_every_guess(tmp_path, capsys):
+    path = file_of(ZOO["64x64_diffusion"]["state_dict"], tmp_path / "64x64_diffusion.pt")
+    told = DEFAULTS["diffusion"] | ZOO["64x64_diffusion"]["flags"] | {"num_head_channels": 32, "dropout": 0.3}
+    checkpoint.write_config(tmp_path, "diffusion", told)
+    assert script_util.open_diffusion(path, device="meta")[2] == told and capsys.readouterr().out == ""
+
+
 def test_typed_flags_win_over_a_published_name(tmp_path):
     path = file_of(ZOO["256x256_diffusion_uncond"]["state_dict"], tmp_path / "256x256_diffusion_uncond.pt")
     *_, flags = script_util.open_diffusion(path, {"image_size": 512, "noise_schedule": "cosine"}, device="meta")
@@ -120,6 +133,12 @@ def test_the_classifier_of_a_preset(tmp_path):
     path = file_of(ZOO["64x64_classifier"]["state_dict"], tmp_path / "mine.pt")
     _, flags = script_util.open_classifier(path, {"preset": "imagenet64"}, device="meta")
     assert (flags["classifier_depth"], flags["noise_schedule"], flags["image_size"]) == (4, "cosine", 64)
+
+
+def test_a_preset_without_a_classifier_leaves_that_to_its_file(tmp_path):
+    path = file_of(ZOO["256x256_classifier"]["state_dict"], tmp_path / "x.pt")
+    _, flags = script_util.open_classifier(path, {"preset": "lsun-cat"}, device="meta")
+    assert (flags["image_size"], flags["classifier_num_head_channels"]) == (256, 64)
 
 
 def test_a_preset_beside_config_json_leaves_to_it_what_it_does_not_say(tmp_path):
@@ -246,6 +265,43 @@ def test_the_originals_way_of_typing_the_architecture_keeps_its_defaults(tmp_pat
         "so they have their defaults: num_heads 4, num_head_channels -1, use_new_attention_order False, noise_schedule"
         " linear"
     )
+
+
+def test_the_originals_way_is_not_taken_for_a_published_model_by_tensors(tmp_path):
+    """A model of the architecture of ImageNet 256, trained elsewhere with the default four heads."""
+    shapes = ZOO["256x256_diffusion_uncond"]["state_dict"]
+    typed = {"image_size": 256, "num_channels": 256, "resblock_updown": True, "learn_sigma": True,
+             "attention_resolutions": "32,16,8"}  # fmt: skip
+    *_, flags = script_util.open_diffusion(file_of(shapes, tmp_path / "x.pt"), typed, device="meta")
+    assert (flags["num_heads"], flags["num_head_channels"]) == (4, -1)
+    *_, flags = script_util.open_diffusion(file_of(shapes, tmp_path / "lsun_cat.pt"), typed, device="meta")
+    assert (flags["num_head_channels"], flags["dropout"]) == (64, 0.1)
+
+
+def test_a_film_network_is_asked_for_less(tmp_path):
+    flags = DEFAULTS["diffusion"] | {"network": "film", "num_channels": 8, "channel_mult": "1,2", "image_size": 12,
+                                     "vector_channels": 3, "learn_sigma": True}  # fmt: skip
+    path = file_of(shapes_of("diffusion", flags), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"--image_size \(a multiple of 4\)") as error:
+        script_util.open_diffusion(path)
+    assert asked(error.value) == [["image_size"], ["noise_schedule"], ["diffusion_steps"]]
+    told = {"image_size": 12, "noise_schedule": "linear", "diffusion_steps": 1000}
+    assert script_util.open_diffusion(path, told)[2] == flags
+
+
+def test_a_classifier_whose_levels_nothing_marks_is_asked_for_its_depth(tmp_path):
+    flags = DEFAULTS["classifier"] | {
+        "image_size": 8, "classifier_width": 32, "classifier_attention_resolutions": "", "classifier_depth": 1,
+        "classifier_channel_mult": "1,1,1", "classifier_num_head_channels": 16, "classifier_pool": "adaptive",
+    }  # fmt: skip
+    path = file_of(shapes_of("classifier", flags), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"--classifier_depth \(1, 2, 5\); --image_size \(the side of its images\)"):
+        script_util.open_classifier(path)
+    told = {"classifier_depth": 1, "image_size": 8, "classifier_num_head_channels": 16}
+    _, found = script_util.open_classifier(path, told, device="meta")
+    assert found == {name: value for name, value in flags.items() if name in found}
+    _, found = script_util.open_classifier(path, told | {"classifier_depth": 2}, device="meta")
+    assert found["classifier_channel_mult"] == "1,1"
 
 
 @pytest.mark.parametrize("name", presets.PARENT)

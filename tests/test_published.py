@@ -15,13 +15,18 @@ from test_config import PROGRAMS
 from test_download import Server, http
 from test_programs import done, refused, run
 
-from guided_diffusion import checkpoint, config, identify, presets, published, script_util
+from guided_diffusion import checkpoint, config, identify, logger, presets, published, script_util
 
 ROOT = Path(__file__).parent.parent
 TINY = config.defaults(*identify.GROUPS["diffusion"]) | {
     "image_size": 8, "num_channels": 32, "num_heads": 1, "image_channels": 1, "channel_mult": "1", "num_res_blocks": 1,
     "diffusion_steps": 30, "attention_resolutions": "4",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def printed(monkeypatch):
+    monkeypatch.setattr(logger.Logger, "CURRENT", None)
 
 
 @pytest.fixture

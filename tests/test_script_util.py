@@ -385,6 +385,14 @@ def test_a_path_is_enough_for_a_classifier(classifier_run):
     assert torch.equal(classifier(x, t), network(x, t))
 
 
+def test_weights_of_another_precision_become_float32(run):
+    folder, _, network = run
+    half = {name: value.half() for name, value in network.state_dict().items()}
+    checkpoint.save(half, folder / "model000011.pt")
+    state = script_util.open_diffusion(folder / "model000011.pt")[0].state_dict()
+    assert all(state[name].dtype == torch.float32 and torch.equal(state[name].half(), half[name]) for name in half)
+
+
 def test_explicit_flags_win_over_config(run):
     folder, flags, _ = run
     explicit = {"timestep_respacing": "5", "num_heads": 1, "num_samples": 4, "class_cond": True}
