@@ -1,0 +1,97 @@
+"""The errors of all scores of one evaluation, from the features of its two sets."""
+
+import json
+import math
+
+import numpy as np
+
+from evaluations import halves, influence, intervals, kernel
+from evaluations.influence import Estimate
+
+
+def estimates(reference, sample, *, labels=None, fixed=None, k=3, split_size=5000, seed=0):
+    """{score: Estimate} of two Features: inception_score, fid, sfid, kid, precision, recall, label_agreement.
+
+    A score that the features or labels [N] do not allow is left out.
+
+    :param fixed: {"fid": (mean, covariance), "sfid": ...}: stored moments of the reference, which count as exact. The
+        reference images of the other scores are a sample always, and their error counts.
+    :param k, split_size: of the protocol: neighbours of precision and recall, images a split of the inception score.
+    :param seed: of the random halves that the errors of precision and recall take.
+    """
+    fixed = fixed or {}
+    found = {
+        "inception_score": influence.inception_score(sample.probabilities, split_size),
+        "fid": influence.frechet(reference.pool, sample.pool, fixed.get("fid")),
+    }
+    if sample.spatial is not None and (reference.spatial is not None or "sfid" in fixed):
+        found["sfid"] = influence.frechet(reference.spatial, sample.spatial, fixed.get("sfid"))
+    found["kid"] = kernel.kid(reference.pool, sample.pool)
+    found["precision"], found["recall"] = halves.precision_recall(reference.pool, sample.pool, k, seed)
+    if labels is not None:
+        found["label_agreement"] = influence.share(sample.probabilities.argmax(axis=1) == np.asarray(labels))
+    return found
+
+
+def described(found):
+    """What a result says of its errors, from estimates: standard_errors, intervals (95 %, bias taken off), bias,
+    error_sources (from samples, from reference), each {score: ...} of numbers that json knows (None for unknown)."""
+    return {
+        "standard_errors": {name: _known(intervals.standard_error(each)) for name, each in found.items()},
+        "intervals": {name: list(map(_known, intervals.interval(each))) for name, each in found.items()},
+        "bias": {name: each.bias for name, each in found.items()},
+        "error_sources": {
+            name: dict(zip(("sample", "reference"), map(_known, intervals.errors_by_source(each))))
+            for name, each in found.items()
+        },
+    }
+
+
+def errors_of(reference, sample, *, labels=None, fixed=None, k=3, split_size=5000, seed=0):
+    """`described(estimates(...))` and fid_infinity, the Frechet distance extrapolated from halves with that seed."""
+    found = estimates(reference, sample, labels=labels, fixed=fixed, k=k, split_size=split_size, seed=seed)
+    return described(found) | {"fid_infinity": infinity(reference, sample, found, fixed, seed)}
+
+
+def infinity(reference, sample, found, fixed=None, seed=0):
+    """halves.fid_infinity of two Features with the standard error of fid; None for sets too small to halve."""
+    fixed = (fixed or {}).get("fid")
+    if len(sample.pool) < 4 or (fixed is None and len(reference.pool) < 4):
+        return None
+    limit = halves.fid_infinity(reference.pool, sample.pool, seed, fixed=fixed)
+    return limit | {"standard_error": _known(intervals.standard_error(found["fid"]))}
+
+
+def save(file, found):
+    """Write {score: Estimate} to a file or path as npz: NAME.sample, NAME.reference, NAME.about."""
+    arrays = {}
+    for name, each in found.items():
+        arrays[f"{name}.about"] = np.array([each.value, each.bias, *each.bounds])
+        arrays[f"{name}.sample"] = each.sample
+        if each.reference is not None:
+            arrays[f"{name}.reference"] = each.reference
+    np.savez_compressed(file, **arrays)
+
+
+def load(path):
+    """{score: Estimate} that `save` wrote. ValueError for a file of other things."""
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            names = [key.removesuffix(".about") for key in npz.files if key.endswith(".about")]
+            found = {}
+            for name in names:
+                value, bias, low, high = npz[f"{name}.about"].tolist()
+                reference = npz[f"{name}.reference"] if f"{name}.reference" in npz.files else None
+                found[name] = Estimate(value, npz[f"{name}.sample"], reference, bias, (low, high))
+            return found
+    except (KeyError, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} does not hold the errors of scores ({error}): evaluate with --out again") from error
+
+
+def to_json(value):
+    """Text of a result, with null for what is not finite (json has no nan)."""
+    return json.dumps(value, indent=2, default=str, allow_nan=False)
+
+
+def _known(number):
+    return float(number) if math.isfinite(number) else None

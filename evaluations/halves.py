@@ -1,0 +1,89 @@
+"""Errors and limits from random halves of a set, where a formula for each image's part is missing or wants a check."""
+
+import numpy as np
+
+from evaluations import metrics
+from evaluations.influence import share
+
+SPLITS = 32  # of a manifold's error, which is then known to about 1/8 of itself
+LISTED = 12  # neighbours kept for each order k: a half has k of the 12 k nearest but for one case in billions
+
+
+def precision_recall(reference, sample, k=3, seed=0, splits=SPLITS):
+    """metrics.precision_recall of features [M,D] and [N,D] as two Estimates.
+
+    For precision the samples are trials, and the reference makes the manifold. The influence of one point on a manifold
+    of nearest neighbours is no guide to its variance (leaving out one image at a time overstates the error twofold), so
+    that part comes from halves: the difference of the shares inside the manifolds of two disjoint random halves has
+    four times the variance in question, and the mean of its square over the splits is taken. Recall is the same with
+    the sets exchanged. With fewer than 2k + 2 centres that part is nan.
+    """
+    inside, manifold = _cover(reference, sample, k, seed, splits)
+    precision = share(inside)._replace(reference=manifold)
+    inside, manifold = _cover(sample, reference, k, seed + 1, splits)
+    trials = share(inside)
+    return precision, trials._replace(sample=manifold, reference=trials.sample)
+
+
+def fid_infinity(reference, sample, seed=0, splits=2, fixed=None):
+    """The Frechet distance of endless sets, extrapolated from features [M,D], [N,D] and their halves, as a dict.
+
+    2 FD(all) - mean FD(halves), over `splits` random splits of both sets into two: exact if the bias falls as 1/N
+    (Chong and Forsyth 2020 take more sizes and draws). fixed: moments (mean, covariance) that stand for the reference.
+    """
+    rng, halves = np.random.default_rng(seed), []
+    whole = _distance(reference, sample, fixed)
+    for _ in range(splits):
+        mine, theirs = (None if each is None else rng.permutation(len(each)) for each in (sample, reference))
+        for side in (0, 1):
+            other = None if fixed else reference[theirs[side::2]]
+            halves.append(_distance(other, sample[mine[side::2]], fixed))
+    return {"value": 2 * whole - float(np.mean(halves)), "seed": seed, "splits": splits}
+
+
+def _distance(reference, sample, fixed):
+    if fixed is None:
+        return metrics.frechet_distance_from_features(reference, sample)
+    return metrics.frechet_distance(*fixed, *metrics.moments(sample))
+
+
+def _cover(centres, points, k, seed, splits):
+    """(which of the points [N] lie in a ball of a centre [M], contrasts [splits] whose squares add up to the variance
+    that the centres cause in their share)."""
+    distances, nearest = _nearest(centres, k)
+    side = np.argsort(np.random.default_rng(seed).random((splits, len(centres))), axis=1) % 2 == 0    # [splits,M]
+    listed = (side[:, nearest] == side[:, :, None]).cumsum(axis=2) >= k                               # [splits,M,L]
+    of_half = np.where(listed.any(axis=2), distances[np.arange(len(centres)), listed.argmax(axis=2)], distances[:, -1])
+    radii, widest = distances[:, k - 1], of_half.max(axis=0)
+    inside, in_half = np.zeros(len(points), bool), np.zeros((2, splits, len(points)), bool)
+    for rows, block in metrics._squared_distances(points, centres):                   # [B,M]
+        inside[rows] = (block <= radii).any(axis=1)
+        row, centre = np.nonzero(block <= widest)
+        near, row = block[row, centre], row + rows.start
+        for split in range(splits):
+            hit = near <= of_half[split, centre]
+            for half in (0, 1):
+                in_half[half, split, row[hit & (side[split, centre] == half)]] = True
+    if len(centres) < 2 * k + 2:
+        return inside, np.full(splits, np.nan)
+    contrast = in_half[1].astype(float) - in_half[0]                                  # [splits,N]
+    parts = contrast.mean(axis=1) / (2 * np.sqrt(splits))
+    # The points are finite too, and vary the contrast; that part is known, and is the trials', not the manifold's.
+    excess, total = contrast.var(axis=1).mean() / (4 * len(points)), np.square(parts).sum()
+    return inside, parts * np.sqrt(max(0.0, 1 - excess / total)) if total else parts
+
+
+def _nearest(features, k):
+    """(squared distances [M,L] of each row of features [M,D] to its L nearest others, in order; who they are [M,L])."""
+    if k < 1 or len(features) < k + 1:
+        raise ValueError(f"neighbours of order {k} among {len(features)} images: give more images")
+    count = min(len(features) - 1, LISTED * k)
+    found, nearest = np.empty((len(features), count)), np.empty((len(features), count), int)
+    everyone = np.arange(len(features))
+    for rows, block in metrics._squared_distances(features, features):
+        block[everyone[rows] - rows.start, everyone[rows]] = np.inf
+        some = np.argpartition(block, count - 1, axis=1)[:, :count]                   # [B,L]
+        values = np.take_along_axis(block, some, axis=1)
+        order = np.argsort(values, axis=1)
+        found[rows], nearest[rows] = (np.take_along_axis(each, order, axis=1) for each in (values, some))
+    return found, nearest
