@@ -39,7 +39,7 @@ def described(found):
     return {
         "standard_errors": {name: _known(intervals.standard_error(each)) for name, each in found.items()},
         "intervals": {name: list(map(_known, intervals.interval(each))) for name, each in found.items()},
-        "bias": {name: each.bias for name, each in found.items()},
+        "bias": {name: float(each.bias) for name, each in found.items()},
         "error_sources": {
             name: dict(zip(("sample", "reference"), map(_known, intervals.errors_by_source(each))))
             for name, each in found.items()
@@ -54,9 +54,10 @@ def errors_of(reference, sample, *, labels=None, fixed=None, k=3, split_size=500
 
 
 def infinity(reference, sample, found, fixed=None, seed=0):
-    """halves.fid_infinity of two Features with the standard error of fid; None for sets too small to halve."""
+    """halves.fid_infinity of two Features with the standard error of fid; None for sets too small to halve,
+    or whose fid is not of their features."""
     fixed = (fixed or {}).get("fid")
-    if len(sample.pool) < 4 or (fixed is None and len(reference.pool) < 4):
+    if "fid" not in found or len(sample.pool) < 4 or (fixed is None and len(reference.pool) < 4):
         return None
     limit = halves.fid_infinity(reference.pool, sample.pool, seed, fixed=fixed)
     return limit | {"standard_error": _known(intervals.standard_error(found["fid"]))}

@@ -8,7 +8,6 @@ other scores look at arr_0 always.
 """
 
 import argparse
-import json
 import os
 import sys
 import zipfile
@@ -22,8 +21,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from evaluations import metrics
+from evaluations import errors, metrics
+from evaluations.compare import parts_path
 from evaluations.features import InceptionExtractor, extract, make_extractor
+from evaluations.per_class import per_class as scores_by_class
 
 NEIGHBOURS = 3  # of precision and recall
 MOMENTS = {"mu": "sigma", "mu_s": "sigma_s"}  # the names in a file
@@ -86,7 +87,8 @@ def run(args):
         raise FileNotFoundError(f"--out {args.out}: no such folder; make it first")
     reference, sample = read_image_set(args.reference), read_image_set(args.sample)
     extractor = make_extractor(args.extractor, args.device, args.weights)
-    scores = evaluate(reference, sample, extractor, args.batch_size, progress=True)
+    parts = {}
+    scores = evaluate(reference, sample, extractor, args.batch_size, progress=True, parts=parts)
     if extractor.name != InceptionExtractor.name:
         print(f"Features: {extractor.dim} of {extractor.name}; compare only with scores by this network")
     if "sfid" not in scores:
@@ -95,15 +97,19 @@ def run(args):
         if key in scores:
             print(label, scores[key])
     if args.out:
-        Path(args.out).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        Path(args.out).write_text(errors.to_json(scores) + "\n", encoding="utf-8")
+        errors.save(parts_path(args.out), parts)
 
 
-def evaluate(reference, sample, extractor, batch_size=64, progress=False):
+def evaluate(reference, sample, extractor, batch_size=64, progress=False, parts=None, per_class=False):
     """Scores of sample against reference, each the path of an npz file or an ImageSet.
 
     Returns a dict: inception_score, fid, sfid (with spatial features), precision, recall, label_agreement (with a
-    classifier and labels), and what they were computed from: extractor, reference, sample. Raises FileNotFoundError
-    and ValueError for input that has no scores, naming the file.
+    classifier and labels), and what they were computed from: extractor, reference, sample; and their errors, as
+    errors.errors_of tells them. Raises FileNotFoundError and ValueError for input that has no scores, naming the file.
+
+    :param parts: a dict that receives {score: Estimate}, of which errors.save makes a file.
+    :param per_class: also tell, under "per_class", the scores of each class; both sets must have labels.
     """
     sets = [given if isinstance(given, ImageSet) else read_image_set(given) for given in (reference, sample)]
     features = []
@@ -114,7 +120,22 @@ def evaluate(reference, sample, extractor, batch_size=64, progress=False):
         key: {"file": given.name, "images": len(given.images), "stored_moments": sorted(given.moments)}
         for key, given in zip(("reference", "sample"), sets)
     }
-    return {"extractor": extractor.name, **described, **_scores(sets, features, extractor.name)}
+    scores = _scores(sets, features, extractor.name)
+    own = extractor.name == InceptionExtractor.name  # then moments are of its features, and labels of other classes
+    fixed = {score: sets[0].moments[key] for score, key in (("fid", "mu"), ("sfid", "mu_s"))
+             if own and key in sets[0].moments}  # fmt: skip
+    found = errors.estimates(*features, labels=None if own else sets[1].labels, fixed=fixed, k=NEIGHBOURS)
+    if own:  # what else the sample's moments hold is not known
+        known = {"mu": "fid", "mu_s": "sfid"}
+        found = {name: each for name, each in found.items() if name not in map(known.get, sets[1].moments)}
+    scores |= {"kid": found["kid"].value, **errors.described(found)}
+    scores["fid_infinity"] = errors.infinity(*features, found, fixed)
+    if per_class:
+        labels = [given.labels for given in sets]
+        scores["per_class"] = scores_by_class(*features, *labels, NEIGHBOURS, agreement=not own)
+    if parts is not None:
+        parts.update(found)
+    return {"extractor": extractor.name, **described, **scores}
 
 
 def _scores(sets, features, extractor_name):

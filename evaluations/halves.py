@@ -4,6 +4,7 @@ import numpy as np
 
 from evaluations import metrics
 from evaluations.influence import share
+from evaluations.nearest import nearest
 
 SPLITS = 32  # of a manifold's error, which is then known to about 1/8 of itself
 LISTED = 12  # neighbours kept for each order k: a half has k of the 12 k nearest but for one case in billions
@@ -50,9 +51,11 @@ def _distance(reference, sample, fixed):
 def _cover(centres, points, k, seed, splits):
     """(which of the points [N] lie in a ball of a centre [M], contrasts [splits] whose squares add up to the variance
     that the centres cause in their share)."""
-    distances, nearest = _nearest(centres, k)
+    if k < 1 or len(centres) < k + 1:
+        raise ValueError(f"neighbours of order {k} among {len(centres)} images: give more images")
+    distances, owners = nearest(centres, centres, min(len(centres) - 1, LISTED * k), itself=0)
     side = np.argsort(np.random.default_rng(seed).random((splits, len(centres))), axis=1) % 2 == 0    # [splits,M]
-    listed = (side[:, nearest] == side[:, :, None]).cumsum(axis=2) >= k                               # [splits,M,L]
+    listed = (side[:, owners] == side[:, :, None]).cumsum(axis=2) >= k                               # [splits,M,L]
     of_half = np.where(listed.any(axis=2), distances[np.arange(len(centres)), listed.argmax(axis=2)], distances[:, -1])
     radii, widest = distances[:, k - 1], of_half.max(axis=0)
     inside, in_half = np.zeros(len(points), bool), np.zeros((2, splits, len(points)), bool)
@@ -71,19 +74,3 @@ def _cover(centres, points, k, seed, splits):
     # The points are finite too, and vary the contrast; that part is known, and is the trials', not the manifold's.
     excess, total = contrast.var(axis=1).mean() / (4 * len(points)), np.square(parts).sum()
     return inside, parts * np.sqrt(max(0.0, 1 - excess / total)) if total else parts
-
-
-def _nearest(features, k):
-    """(squared distances [M,L] of each row of features [M,D] to its L nearest others, in order; who they are [M,L])."""
-    if k < 1 or len(features) < k + 1:
-        raise ValueError(f"neighbours of order {k} among {len(features)} images: give more images")
-    count = min(len(features) - 1, LISTED * k)
-    found, nearest = np.empty((len(features), count)), np.empty((len(features), count), int)
-    everyone = np.arange(len(features))
-    for rows, block in metrics._squared_distances(features, features):
-        block[everyone[rows] - rows.start, everyone[rows]] = np.inf
-        some = np.argpartition(block, count - 1, axis=1)[:, :count]                   # [B,L]
-        values = np.take_along_axis(block, some, axis=1)
-        order = np.argsort(values, axis=1)
-        found[rows], nearest[rows] = (np.take_along_axis(each, order, axis=1) for each in (values, some))
-    return found, nearest

@@ -16,7 +16,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 
-from evaluations import evaluator, features, metrics
+from evaluations import errors, evaluator, features, kernel, metrics
 from guided_diffusion import checkpoint, script_util
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -559,7 +559,7 @@ def test_evaluate_is_the_metrics_of_the_features(files):
     reference, sample = FirstPixels()(REFERENCE), FirstPixels()(SAMPLE)
     precision, recall = metrics.precision_recall(reference.pool, sample.pool)
     scores = evaluator.evaluate(*files, FirstPixels(), batch_size=7)
-    assert scores == {
+    expected = {
         "extractor": "inception",
         "reference": {"file": str(files[0]), "images": 30, "stored_moments": []},
         "sample": {"file": str(files[1]), "images": 40, "stored_moments": []},
@@ -568,7 +568,10 @@ def test_evaluate_is_the_metrics_of_the_features(files):
         "sfid": metrics.frechet_distance_from_features(reference.spatial, sample.spatial),
         "precision": precision,
         "recall": recall,
+        "kid": kernel.kid(reference.pool, sample.pool).value,
+        **errors.errors_of(reference, sample),
     }
+    assert scores == expected and scores["standard_errors"]["fid"] > 0
     assert 0 < recall < 1 and precision != recall
     in_memory = evaluator.evaluate(*map(evaluator.ImageSet, "ab", (REFERENCE, SAMPLE)), FirstPixels())
     assert [in_memory[key] for key in ("fid", "sfid", "recall")] == [scores[key] for key in ("fid", "sfid", "recall")]

@@ -265,7 +265,8 @@ def test_error_of_the_inception_score():
     found = influence.inception_score(p, 20)
     assert found.value == metrics.inception_score(p, 20) and found.sample.shape == (50,)
     whole, more = influence.inception_score(p, 99), np.concatenate([np.tile(p, (99, 1)), p[3:4]])
-    assert (metrics.inception_score(more, 9999) - whole.value) * 99 == pytest.approx(whole.sample[3], rel=0.02)  # a 99th more of image 3
+    gained = metrics.inception_score(more, 9999) - whole.value  # by a 99th more of image 3
+    assert gained * 99 == pytest.approx(whole.sample[3], rel=0.02)
     one_hot = influence.inception_score(np.eye(4), 4)  # zeros give no NaN; each divergence is log 4
     assert one_hot.value == pytest.approx(4) and not one_hot.sample.any()
 
