@@ -10,11 +10,10 @@ differences show than two separate intervals would tell apart.
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
-from evaluations import errors, intervals
+from evaluations import errors, evaluator, intervals
 
 BETTER = {"inception_score": 1, "fid": -1, "sfid": -1, "kid": -1, "precision": 1, "recall": 1, "label_agreement": 1}
 # Of a protocol, what may differ: names of what was scored, and what is told of but changes no score by its meaning.
@@ -24,14 +23,7 @@ TOLD = ("versions",)
 
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input or unlike protocols."""
-    try:
-        run(parse(argv))
-    except (ValueError, OSError) as error:
-        if os.environ.get("GD_DEBUG") == "1":
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return evaluator.guarded(run, parse(argv))
 
 
 def parse(argv=None):
@@ -70,14 +62,9 @@ def read(path):
     return result
 
 
-def parts_path(path):
-    """Where the parts of the images lie that belong to a result: beside NAME.json, NAME.parts.npz."""
-    return Path(path).with_suffix(".parts.npz")
-
-
 def parts_of(path):
     """{score: Estimate} beside a result, or None if there is none."""
-    return errors.load(parts_path(path)) if parts_path(path).is_file() else None
+    return errors.load(errors.parts_path(path)) if errors.parts_path(path).is_file() else None
 
 
 def compare(first, second, first_parts=None, second_parts=None, anyway=False):

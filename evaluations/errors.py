@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -61,6 +62,11 @@ def infinity(reference, sample, found, fixed=None, seed=0):
         return None
     limit = halves.fid_infinity(reference.pool, sample.pool, seed, fixed=fixed)
     return limit | {"standard_error": _known(intervals.standard_error(found["fid"]))}
+
+
+def parts_path(path):
+    """Where the estimates lie that belong to a result: beside NAME.json, NAME.parts.npz."""
+    return Path(path).with_suffix(".parts.npz")
 
 
 def save(file, found):

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from evaluations import errors, metrics
-from evaluations.compare import parts_path
+from evaluations import errors, metrics, tables
+from evaluations.cache import extract_once
 from evaluations.features import InceptionExtractor, extract, make_extractor
 from evaluations.per_class import per_class as scores_by_class
 
@@ -49,7 +49,11 @@ class ImageSet(NamedTuple):
 
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input."""
-    args = parse(argv)
+    return guarded(run, parse(argv))
+
+
+def guarded(run, args):
+    """Calls run(args). Returns an exit code: 0, 130 for an interrupt, or 2 after one line on stderr about bad input."""
     try:
         run(args)
     except KeyboardInterrupt:
@@ -96,12 +100,13 @@ def run(args):
     for key, label in LINES.items():
         if key in scores:
             print(label, scores[key])
+    print(*tables.error_lines(scores), sep="\n")
     if args.out:
         Path(args.out).write_text(errors.to_json(scores) + "\n", encoding="utf-8")
-        errors.save(parts_path(args.out), parts)
+        errors.save(errors.parts_path(args.out), parts)
 
 
-def evaluate(reference, sample, extractor, batch_size=64, progress=False, parts=None, per_class=False):
+def evaluate(reference, sample, extractor, batch_size=64, progress=False, parts=None, per_class=False, cache=None):
     """Scores of sample against reference, each the path of an npz file or an ImageSet.
 
     Returns a dict: inception_score, fid, sfid (with spatial features), precision, recall, label_agreement (with a
@@ -110,12 +115,15 @@ def evaluate(reference, sample, extractor, batch_size=64, progress=False, parts=
 
     :param parts: a dict that receives {score: Estimate}, of which errors.save makes a file.
     :param per_class: also tell, under "per_class", the scores of each class; both sets must have labels.
+    :param cache: a folder that keeps features under the content of their images (evaluations/cache.py).
     """
     sets = [given if isinstance(given, ImageSet) else read_image_set(given) for given in (reference, sample)]
     features = []
     for given, bar in zip(sets, ("reference features", "sample features")):
         with _blaming(given.name):
-            features.append(extract(extractor, given.images, batch_size, bar if progress else None))
+            how = {"batch_size": batch_size, "progress": bar if progress else None}
+            features.append(extract_once(cache, extractor, given.images, **how) if cache
+                            else extract(extractor, given.images, **how))  # fmt: skip
     described = {
         key: {"file": given.name, "images": len(given.images), "stored_moments": sorted(given.moments)}
         for key, given in zip(("reference", "sample"), sets)

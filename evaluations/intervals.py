@@ -57,7 +57,7 @@ def difference(first, second):
     squares = [sum(_square(parts) for parts in _subtracted(getattr(first, source), getattr(second, source)))
                for source in ("sample", "reference")]  # fmt: skip
     error = math.sqrt(sum(squares))
-    value = float(first.value - first.bias - second.value + second.bias)
+    value = float((first.value - second.value) - (first.bias - second.bias))
     return Difference(value, error, (value - Z * error, value + Z * error), paired)
 
 
@@ -65,7 +65,7 @@ def shown(value, error=math.nan):
     """A value with its error, to the digits that the error supports: "3.94 ± 0.03", and "3.943 ± 0.012".
 
     The error keeps two digits if they are 10..35, else one (the rule of the Particle Data Group), and the value as many
-    decimals. Without an error, three significant digits.
+    decimals; very large and very small errors are written with an exponent. Without an error, three digits.
     """
     if value is None or not math.isfinite(value):
         return "-"
@@ -95,7 +95,10 @@ def decimals(error):
 
 
 def _rounded(value, places):
-    return f"{round(value, places) + 0.0:.{max(places, 0)}f}"  # adding 0 makes -0.0 positive
+    rounded = round(value, places) + 0.0  # adding 0 makes -0.0 positive
+    if -5 < places < 9 or not rounded:
+        return f"{rounded:.{max(places, 0)}f}"
+    return f"{rounded:.{max(places + math.floor(math.log10(abs(rounded))), 0)}e}"
 
 
 def _wilson(p, error, trials):

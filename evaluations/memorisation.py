@@ -1,19 +1,29 @@
 """Do samples repeat training images, or one another? Nearest neighbours, with real images as the measure of near.
 
+    python evaluations/memorisation.py TRAINING.npz SAMPLE.npz --out FOLDER [--held_out REAL.npz] [--extractor ...]
+
 A sample copies if it lies closer to a training image than that one's own nearest other training image does (Alaa et al.
 2022 call samples for which this fails authentic). Held-out real images pass or fail the same test, and say how many
 would by chance.
 """
 
+import argparse
 import hashlib
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from evaluations import influence, intervals
+from evaluations import errors, evaluator, gallery, influence, intervals, pages, report
+from evaluations.cache import extract_once
+from evaluations.features import make_extractor
 from evaluations.nearest import nearest
 
 REAL_QUANTILE = 0.01  # of the distances among real images: what is closer counts as a repetition
+
+SHOWN = 10  # samples, closest first
 
 
 class Neighbours(NamedTuple):
@@ -27,6 +37,75 @@ class Neighbours(NamedTuple):
     def closest(self, count):
         """The samples of the smallest ratios, smallest first."""
         return np.argsort(self.ratios, kind="stable")[:count]
+
+
+def main(argv=None):
+    """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input."""
+    parser = argparse.ArgumentParser(
+        description="Nearest training images of samples, copies and repetitions, on a page with pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("training", metavar="TRAINING.npz", help="images that the model was trained on")
+    parser.add_argument("sample", metavar="SAMPLE.npz", help="images to look at")
+    parser.add_argument("--held_out", metavar="REAL.npz", help="real images of no training, for comparison")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for page, json and features")
+    parser.add_argument("--extractor", default="inception", help="inception, or a classifier checkpoint")
+    parser.add_argument("--weights", help="file of the Inception weights (None: $GD_INCEPTION_WEIGHTS, else download)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    return evaluator.guarded(run, parser.parse_args(argv))
+
+
+def run(args):
+    """Looks as the command line says; writes memorisation.json, report.html, report.md and pictures."""
+    sets = [path and evaluator.read_image_set(path) for path in (args.training, args.sample, args.held_out)]
+    extractor = make_extractor(args.extractor, args.device, args.weights)
+    folder, pools = Path(args.out) / "features", [None] * len(sets)
+    for k, given in enumerate(sets):
+        if given:
+            pools[k] = extract_once(folder, extractor, given.images, args.batch_size, f"features of {given.name}").pool
+    told = summary(pools[0], pools[1], sets[1].images, sets[0].images, pools[2])
+    report.write(args.out, page(told, sets[0].images, sets[1].images))
+    gallery.write(Path(args.out) / "memorisation.json", errors.to_json(told) + "\n")
+    print(*lines(told), f"report: {Path(args.out) / 'report.html'}", sep="\n")
+
+
+def lines(told):
+    """What a summary says, in a few lines."""
+    shares = {"samples": told["copies"], "held-out real images": told.get("copies_held_out")}
+    for what, each in shares.items():
+        if each:
+            yield (f"{what} closer to a training image than its nearest other one: "
+                   f"{intervals.shown(each['share'], each['standard_error'])}")  # fmt: skip
+    close = told["repetitions"]
+    yield (f"samples closer to one another than all but {close['expected']:.0%} of real images: "
+           f"{intervals.shown(close['share'], close['standard_error'])}")  # fmt: skip
+    for key, what in (("copied_pixels", "samples with the pixels of a training image"),
+                      ("same_pixels", "groups of samples with the same pixels")):  # fmt: skip
+        if key in told:
+            yield f"{what}: {len(told[key])}"
+
+
+def page(told, training_images, images):
+    """The blocks of a page about a summary, with the images [M,H,W,C] and [N,H,W,C] that it is of."""
+    closest = told["closest"]
+    rows = [np.concatenate([images[each["sample"]][None], training_images[each["training"]]]) for each in closest]
+    columns = ["sample", *(f"training {k}" for k in range(1, len(rows[0])))]
+    labels = [f"{each['ratio']:.2f}" for each in closest]
+    blocks = [
+        pages.Heading("Memorisation", 1),
+        pages.Lines(list(lines(told))),
+        pages.Text("Each row: a sample, and the training images nearest to it. The number is the ratio of its distance "
+                   "to that training image's distance to its nearest other; below 1 it is suspect, 0 is a copy."),
+        pages.Picture("closest", "The samples that are closest to training images", gallery.grid(
+            np.concatenate(rows), len(columns), row_labels=labels, column_labels=columns, tile=64)),
+    ]  # fmt: skip
+    pairs = told["repetitions"]["pairs"][:SHOWN]
+    if pairs:
+        both = images[[i for pair in pairs for i in pair]]
+        blocks.append(pages.Picture("repetitions", "Samples that repeat one another, two by two", gallery.grid(
+            both, 2, row_labels=[f"{i}, {j}" for i, j in pairs], tile=64)))  # fmt: skip
+    return blocks
 
 
 def neighbours(training, sample, k=3):
@@ -77,7 +156,7 @@ def summary(training, sample, images=None, training_images=None, held_out=None):
     """What a report says, of features (training [M,D], sample [N,D], held-out real ones or None) and their images.
 
     Returns a dict of json's types: samples, training, copies (share of samples with a ratio below 1, standard error and
-    interval; of the held-out images too), closest (the ten smallest ratios: sample, training image, ratio), repetitions
+    interval; of the held-out images too), closest (the smallest ratios: sample, training images, ratio), repetitions
     (share, expected, pairs), and with images the exact copies: same_pixels (among samples), copied_pixels.
     """
     found = neighbours(training, sample)
@@ -86,9 +165,9 @@ def summary(training, sample, images=None, training_images=None, held_out=None):
         "samples": len(sample),
         "training": len(training),
         "copies": _share(found.ratios < 1),
-        "closest": [{"sample": int(i), "training": int(found.owners[i, 0]), "ratio": float(found.ratios[i])}
-                    for i in found.closest(10)],
-        "repetitions": {**_share(close), "expected": REAL_QUANTILE, "pairs": pairs[:10]},
+        "closest": [{"sample": int(i), "training": found.owners[i].tolist(), "ratio": float(found.ratios[i])}
+                    for i in found.closest(SHOWN)],
+        "repetitions": {**_share(close), "expected": REAL_QUANTILE, "pairs": pairs[:SHOWN]},
     }  # fmt: skip
     if held_out is not None:
         told["copies_held_out"] = _share(neighbours(training, held_out).ratios < 1)
@@ -107,3 +186,7 @@ def _share(hits):
 
 def _digest(image):
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 
-from evaluations import errors, evaluator, features, kernel, metrics
+from evaluations import errors, evaluator, features, kernel, metrics, tables
 from guided_diffusion import checkpoint, script_util
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -609,10 +609,12 @@ def test_the_program_prints_the_five_lines_and_writes_json(files, tmp_path, monk
     assert evaluator.main([*map(str, files), "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     scores = evaluator.evaluate(*files, FirstPixels())
-    assert printed.out == (
+    assert printed.out.startswith(
         f"Inception Score: {scores['inception_score']}\nFID: {scores['fid']}\nsFID: {scores['sfid']}\n"
         f"Precision: {scores['precision']}\nRecall: {scores['recall']}\n"
     )
+    assert printed.out.splitlines()[5:] == tables.error_lines(scores)
+    assert errors.load(tmp_path / "scores.parts.npz")["fid"].value == pytest.approx(scores["fid"], rel=1e-10)
     assert "reference features" in printed.err and "sample features" in printed.err  # the progress bars
     assert json.loads(out.read_text()) == scores
 
@@ -623,7 +625,9 @@ def test_the_program_with_a_classifier_names_it_and_prints_the_label_agreement(f
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Features: 3 of classifier.pt")
     assert lines[1] == "No spatial features, so no sFID"
+    lines, errors_of_them = lines[:7], lines[7:]
     names = [line.split(":")[0] for line in lines[2:]]
+    assert errors_of_them[-1].startswith("Label agreement") and len(errors_of_them) == 7
     assert names == ["Inception Score", "FID", "Precision", "Recall", "Label agreement"]
     agreement = (SAMPLE.reshape(40, -1)[:, :3].argmax(axis=1) == np.arange(40) % 3).mean()
     assert lines[-1] == f"Label agreement: {agreement}"
@@ -711,7 +715,7 @@ def test_the_program_end_to_end_with_an_inception_network(tmp_path, inception, i
     options = ["--device", "cpu", "--batch_size", 4, "--weights", inception_file, "--out", out]
     done = run_program("evaluations/evaluator.py", reference, sample, *options)
     assert done.returncode == 0, done.stderr
-    lines = dict(line.split(": ") for line in done.stdout.splitlines())
+    lines = dict(line.split(": ") for line in done.stdout.splitlines()[:5])
     assert list(lines) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
     scores = json.loads(out.read_text())
     assert [float(value) for value in lines.values()] == [scores[key] for key in list(evaluator.LINES)[:5]]

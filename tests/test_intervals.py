@@ -331,7 +331,7 @@ def test_shares_have_the_interval_of_wilson():
     (12345.0, 480.0, "12300 ± 500"), (-0.00003, 0.0012, "0.0000 ± 0.0012"), (1.0, 0.0, "1 ± 0"),
     (0.123456, math.nan, "0.123"), (0.5, None, "0.5"), (None, None, "-"), (math.nan, 1.0, "-"),
     (2.5, 0.355, "2.5 ± 0.4"), (2.5, 0.354, "2.50 ± 0.35"), (2.5, 0.0949, "2.50 ± 0.09"),
-    (2.5, 0.00996, "2.500 ± 0.010"),
+    (2.5, 0.00996, "2.500 ± 0.010"), (4.123e12, 7e11, "4.1e+12 ± 7e+11"), (1.5e-12, 1.2e-13, "1.50e-12 ± 1.2e-13"),
 ])
 def test_digits_are_those_that_the_error_supports(value, error, text):
     assert intervals.shown(value, error) == text
