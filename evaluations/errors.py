@@ -10,7 +10,7 @@ from evaluations import halves, influence, intervals, kernel
 from evaluations.influence import Estimate
 
 
-def estimates(reference, sample, *, labels=None, fixed=None, k=3, split_size=5000, seed=0):
+def estimates(reference, sample, *, labels=None, fixed=None, k=3, split_size=5000, seed=0, classes=(None, None)):
     """{score: Estimate} of two Features: inception_score, fid, sfid, kid, precision, recall, label_agreement.
 
     A score that the features or labels [N] do not allow is left out.
@@ -19,18 +19,22 @@ def estimates(reference, sample, *, labels=None, fixed=None, k=3, split_size=500
         reference images of the other scores are a sample always, and their error counts.
     :param k, split_size: of the protocol: neighbours of precision and recall, images a split of the inception score.
     :param seed: of the random halves that the errors of precision and recall take.
+    :param classes: labels of the reference [M] and of the sample [N], or None. Where their counts are more even than
+        chance leaves them they count as fixed, and errors and bias are those within the classes (influence.strata).
     """
-    fixed = fixed or {}
+    fixed, strata = fixed or {}, strata_of((reference, sample), classes)
     found = {
-        "inception_score": influence.inception_score(sample.probabilities, split_size),
-        "fid": influence.frechet(reference.pool, sample.pool, fixed.get("fid")),
+        "inception_score": influence.inception_score(sample.probabilities, split_size, strata[1]),
+        "fid": influence.frechet(reference.pool, sample.pool, fixed.get("fid"), strata),
     }
     if sample.spatial is not None and (reference.spatial is not None or "sfid" in fixed):
-        found["sfid"] = influence.frechet(reference.spatial, sample.spatial, fixed.get("sfid"))
-    found["kid"] = kernel.kid(reference.pool, sample.pool)
-    found["precision"], found["recall"] = halves.precision_recall(reference.pool, sample.pool, k, seed)
+        found["sfid"] = influence.frechet(reference.spatial, sample.spatial, fixed.get("sfid"), strata)
+    pools = reference.pool, sample.pool
+    found["kid"] = kernel.kid(*pools, strata=strata)
+    found["precision"], found["recall"] = halves.precision_recall(*pools, k, seed, strata=strata)
     if labels is not None:
-        found["label_agreement"] = influence.share(sample.probabilities.argmax(axis=1) == np.asarray(labels))
+        hits = sample.probabilities.argmax(axis=1) == np.asarray(labels)
+        found["label_agreement"] = influence.share(hits, strata[1])
     return found
 
 
@@ -48,19 +52,38 @@ def described(found):
     }
 
 
-def errors_of(reference, sample, *, labels=None, fixed=None, k=3, split_size=5000, seed=0):
-    """`described(estimates(...))` and fid_infinity, the Frechet distance extrapolated from halves with that seed."""
-    found = estimates(reference, sample, labels=labels, fixed=fixed, k=k, split_size=split_size, seed=seed)
-    return described(found) | {"fid_infinity": infinity(reference, sample, found, fixed, seed)}
+def errors_of(reference, sample, *, fixed=None, seed=0, classes=(None, None), parts=None, leave=(), **how):
+    """The errors in a result: `described(estimates(...))`; fid_infinity, the Frechet distance extrapolated from halves
+    with that seed; fixed_classes, whether the counts of the classes of each set count as fixed.
+
+    :param parts: a dict that receives the estimates.
+    :param leave: scores to leave out, since their values are not of these features.
+    :param how: what else `estimates` takes.
+    """
+    found = estimates(reference, sample, fixed=fixed, seed=seed, classes=classes, **how)
+    found = {name: each for name, each in found.items() if name not in leave}
+    if parts is not None:
+        parts.update(found)
+    strata = strata_of((reference, sample), classes)
+    return {
+        **described(found),
+        "fid_infinity": infinity(reference, sample, found, fixed, seed, strata),
+        "fixed_classes": {what: each is not None for what, each in zip(("reference", "sample"), strata)},
+    }
 
 
-def infinity(reference, sample, found, fixed=None, seed=0):
-    """halves.fid_infinity of two Features with the standard error of fid; None for sets too small to halve,
-    or whose fid is not of their features."""
+def strata_of(features, classes):
+    """influence.strata of the labels of each of some Features; None for labels that are not of as many images."""
+    fits = [labels is not None and np.shape(labels) == (len(each.pool),) for each, labels in zip(features, classes)]
+    return tuple(influence.strata(labels) if fit else None for labels, fit in zip(classes, fits))
+
+
+def infinity(reference, sample, found, fixed=None, seed=0, strata=(None, None)):
+    """halves.fid_infinity of two Features with the standard error of fid; None for sets too small to halve."""
     fixed = (fixed or {}).get("fid")
     if "fid" not in found or len(sample.pool) < 4 or (fixed is None and len(reference.pool) < 4):
         return None
-    limit = halves.fid_infinity(reference.pool, sample.pool, seed, fixed=fixed)
+    limit = halves.fid_infinity(reference.pool, sample.pool, seed, fixed=fixed, strata=strata)
     return limit | {"standard_error": _known(intervals.standard_error(found["fid"]))}
 
 

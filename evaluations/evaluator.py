@@ -132,17 +132,13 @@ def evaluate(reference, sample, extractor, batch_size=64, progress=False, parts=
     own = extractor.name == InceptionExtractor.name  # then moments are of its features, and labels of other classes
     fixed = {score: sets[0].moments[key] for score, key in (("fid", "mu"), ("sfid", "mu_s"))
              if own and key in sets[0].moments}  # fmt: skip
-    found = errors.estimates(*features, labels=None if own else sets[1].labels, fixed=fixed, k=NEIGHBOURS)
-    if own:  # what else the sample's moments hold is not known
-        known = {"mu": "fid", "mu_s": "sfid"}
-        found = {name: each for name, each in found.items() if name not in map(known.get, sets[1].moments)}
-    scores |= {"kid": found["kid"].value, **errors.described(found)}
-    scores["fid_infinity"] = errors.infinity(*features, found, fixed)
+    labels, parts = [given.labels for given in sets], {} if parts is None else parts
+    leave = [score for score, key in (("fid", "mu"), ("sfid", "mu_s")) if own and key in sets[1].moments]
+    scores |= errors.errors_of(*features, labels=None if own else labels[1], fixed=fixed, k=NEIGHBOURS, classes=labels,
+                               parts=parts, leave=leave)  # fmt: skip
+    scores["kid"] = parts["kid"].value
     if per_class:
-        labels = [given.labels for given in sets]
         scores["per_class"] = scores_by_class(*features, *labels, NEIGHBOURS, agreement=not own)
-    if parts is not None:
-        parts.update(found)
     return {"extractor": extractor.name, **described, **scores}
 
 

@@ -3,14 +3,14 @@
 import numpy as np
 
 from evaluations import metrics
-from evaluations.influence import share
+from evaluations.influence import share, within
 from evaluations.nearest import nearest
 
 SPLITS = 32  # of a manifold's error, which is then known to about 1/8 of itself
 LISTED = 12  # neighbours kept for each order k: a half has k of the 12 k nearest but for one case in billions
 
 
-def precision_recall(reference, sample, k=3, seed=0, splits=SPLITS):
+def precision_recall(reference, sample, k=3, seed=0, splits=SPLITS, strata=(None, None)):
     """metrics.precision_recall of features [M,D] and [N,D] as two Estimates.
 
     For precision the samples are trials, and the reference makes the manifold. The influence of one point on a manifold
@@ -18,15 +18,18 @@ def precision_recall(reference, sample, k=3, seed=0, splits=SPLITS):
     that part comes from halves: the difference of the shares inside the manifolds of two disjoint random halves has
     four times the variance in question, and the mean of its square over the splits is taken. Recall is the same with
     the sets exchanged. With fewer than 2k + 2 centres that part is nan.
+
+    :param strata: of the reference [M] and of the sample [N], as influence.strata finds them, or None; halves then take
+        half of each.
     """
-    inside, manifold = _cover(reference, sample, k, seed, splits)
-    precision = share(inside)._replace(reference=manifold)
-    inside, manifold = _cover(sample, reference, k, seed + 1, splits)
-    trials = share(inside)
+    inside, manifold = _cover(reference, sample, k, seed, splits, strata)
+    precision = share(inside, strata[1])._replace(reference=manifold)
+    inside, manifold = _cover(sample, reference, k, seed + 1, splits, strata[::-1])
+    trials = share(inside, strata[0])
     return precision, trials._replace(sample=manifold, reference=trials.sample)
 
 
-def fid_infinity(reference, sample, seed=0, splits=2, fixed=None):
+def fid_infinity(reference, sample, seed=0, splits=2, fixed=None, strata=(None, None)):
     """The Frechet distance of endless sets, extrapolated from features [M,D], [N,D] and their halves, as a dict.
 
     2 FD(all) - mean FD(halves), over `splits` random splits of both sets into two: exact if the bias falls as 1/N
@@ -35,11 +38,19 @@ def fid_infinity(reference, sample, seed=0, splits=2, fixed=None):
     rng, halves = np.random.default_rng(seed), []
     whole = _distance(reference, sample, fixed)
     for _ in range(splits):
-        mine, theirs = (None if each is None else rng.permutation(len(each)) for each in (sample, reference))
-        for side in (0, 1):
-            other = None if fixed else reference[theirs[side::2]]
-            halves.append(_distance(other, sample[mine[side::2]], fixed))
+        mine = in_halves(len(sample), rng, strata[1])
+        theirs = None if fixed else in_halves(len(reference), rng, strata[0])
+        for half in (False, True):
+            halves.append(_distance(None if fixed else reference[theirs == half], sample[mine == half], fixed))
     return {"value": 2 * whole - float(np.mean(halves)), "seed": seed, "splits": splits}
+
+
+def in_halves(count, rng, strata=None):
+    """Which of `count` images are in the first of two random halves, bool [count]; half of each stratum, if given."""
+    order = np.lexsort((rng.random(count), np.zeros(count) if strata is None else strata))
+    side = np.empty(count, bool)
+    side[order] = np.arange(count) % 2 == 0
+    return side
 
 
 def _distance(reference, sample, fixed):
@@ -48,14 +59,15 @@ def _distance(reference, sample, fixed):
     return metrics.frechet_distance(*fixed, *metrics.moments(sample))
 
 
-def _cover(centres, points, k, seed, splits):
+def _cover(centres, points, k, seed, splits, strata=(None, None)):
     """(which of the points [N] lie in a ball of a centre [M], contrasts [splits] whose squares add up to the variance
     that the centres cause in their share)."""
     if k < 1 or len(centres) < k + 1:
         raise ValueError(f"neighbours of order {k} among {len(centres)} images: give more images")
     distances, owners = nearest(centres, centres, min(len(centres) - 1, LISTED * k), itself=0)
-    side = np.argsort(np.random.default_rng(seed).random((splits, len(centres))), axis=1) % 2 == 0    # [splits,M]
-    listed = (side[:, owners] == side[:, :, None]).cumsum(axis=2) >= k                               # [splits,M,L]
+    rng = np.random.default_rng(seed)
+    side = np.stack([in_halves(len(centres), rng, strata[0]) for _ in range(splits)])          # [splits,M]
+    listed = (side[:, owners] == side[:, :, None]).cumsum(axis=2) >= k                         # [splits,M,L]
     of_half = np.where(listed.any(axis=2), distances[np.arange(len(centres)), listed.argmax(axis=2)], distances[:, -1])
     radii, widest = distances[:, k - 1], of_half.max(axis=0)
     inside, in_half = np.zeros(len(points), bool), np.zeros((2, splits, len(points)), bool)
@@ -72,5 +84,6 @@ def _cover(centres, points, k, seed, splits):
     contrast = in_half[1].astype(float) - in_half[0]                                  # [splits,N]
     parts = contrast.mean(axis=1) / (2 * np.sqrt(splits))
     # The points are finite too, and vary the contrast; that part is known, and is the trials', not the manifold's.
-    excess, total = contrast.var(axis=1).mean() / (4 * len(points)), np.square(parts).sum()
+    noise = [np.square(within((each - each.mean()) / len(points), strata[1])).sum() for each in contrast]
+    excess, total = np.mean(noise) / 4, np.square(parts).sum()
     return inside, parts * np.sqrt(max(0.0, 1 - excess / total)) if total else parts

@@ -39,6 +39,10 @@ def remark(result):
         "± is the standard error of the number as it stands. Finite sets make Frechet distances too large on average, "
         "by about the bias; the interval is for endless sets, and for the others the bias is none or not known."
     )
+    fixed = [what for what, each in (result.get("fixed_classes") or {}).items() if each]
+    if fixed:
+        text += (f" The counts of classes in the {' and the '.join(fixed)} are more even than chance leaves them, so "
+                 "they count as fixed: errors and bias are those within the classes.")  # fmt: skip
     limit = result.get("fid_infinity")
     if limit:
         text += (f" FID of endless sets by halves of these (seed {limit['seed']}): "

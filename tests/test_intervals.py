@@ -66,11 +66,16 @@ def test_the_bias_of_the_frechet_distance_in_one_dimension_by_hand():
     rng = np.random.RandomState(1)
     x = rng.exponential(size=(400, 1))
     found = influence.frechet(None, x, fixed=([0.0], [[4.0]]))
-    v = x.var(ddof=1)
-    fourth = np.mean((x - x.mean()) ** 4)
-    # z^2 W z^2 / 2 with its mean square taken off as v, the unbiased variance, as the formula has it:
-    expected = (np.mean((x - x.mean()) ** 2) + 2.0 / (4 * v**1.5) * (fourth - v**2)) / 400
+    v, squares = x.var(ddof=1), np.square(x - x.mean())
+    expected = np.mean(squares + 2.0 / (4 * v**1.5) * (squares - v) ** 2) / 400
     assert found.bias == pytest.approx(expected, rel=1e-10)
+    strata = np.repeat([0, 1], 200)  # within halves, of which each loses what its own mean adds, and a degree of freedom
+    left = 0.0
+    for half in (x[:200] - x.mean(), x[200:] - x.mean()):
+        terms = np.square(half) + 2.0 / (4 * v**1.5) * (np.square(half) - v) ** 2
+        of_mean = half.mean() ** 2 + 2.0 / (4 * v**1.5) * (np.mean(np.square(half)) - v) ** 2
+        left += 200 / 199 * (terms.sum() - 200 * of_mean) / 400**2
+    assert influence.frechet(None, x, ([0.0], [[4.0]]), (None, strata)).bias == pytest.approx(left, rel=1e-10)
 
 
 REPLICATES = 200
@@ -197,6 +202,68 @@ def softened(z):
     return p / p.sum(axis=1, keepdims=True)
 
 
+# --------------------------------------------------------------------------------------- fixed counts of classes
+
+
+CENTRES = 1.5 * np.random.RandomState(8).standard_normal((4, 8))
+
+
+def of_classes(rng, labels, shift=0.0):
+    """Features [N,8] of four classes with centres far apart."""
+    return CENTRES[labels] + 0.5 * rng.standard_normal((len(labels), 8)) + shift
+
+
+def test_counts_more_even_than_chance_are_fixed_ones():
+    assert influence.strata(np.array([7, 3, 3, 7])).tolist() == [1, 0, 0, 1]
+    assert influence.strata(np.arange(503) % 10) is not None
+    digits = np.repeat(range(10), [178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
+    assert influence.strata(digits) is not None
+    by_chance = [influence.strata(np.random.RandomState(seed).randint(10, size=500)) is None for seed in range(100)]
+    assert np.mean(by_chance) > 0.95
+    assert influence.strata(np.arange(10)) is None and influence.strata(None) is None
+    assert influence.strata(np.zeros(9, int)) is None
+    parts = influence.within(np.array([1.0, 3.0, 10.0, 14.0]), np.array([0, 0, 1, 1]))
+    assert parts == pytest.approx(math.sqrt(2) * np.array([-1, 1, -2, 2]))
+
+
+def test_with_fixed_counts_of_classes_errors_and_bias_are_those_within():
+    """Four far classes: chance in their counts would be most of the error, and most of the bias."""
+    labels, of_reference = np.arange(200) % 4, np.arange(320) % 4
+    rng = np.random.RandomState(77)
+    big = [of_classes(rng, np.arange(400000) % 4, shift) for shift in (0.3, 0.0)]
+    truth = metrics.frechet_distance_from_features(*big)
+    kid = kernel.kid(*(each[:8000] for each in big[::-1]), strata=[np.arange(8000) % 4] * 2)
+    rows, loose = [], []
+    for seed in range(REPLICATES):
+        rng = np.random.RandomState(seed)
+        x, y = of_classes(rng, labels, 0.3), of_classes(rng, of_reference)
+        strata = influence.strata(of_reference), influence.strata(labels)
+        found = [influence.frechet(y, x, strata=strata), kernel.kid(y, x, strata=strata)]
+        found += halves.precision_recall(y, x, seed=seed, strata=strata) if seed < 100 else []
+        rows.append([(e.value, e.bias, intervals.standard_error(e), *intervals.interval(e)) for e in found])
+        loose.append(influence.frechet(y, x))
+    value, bias, error, low, high = np.array([row[0] for row in rows]).T
+    assert 0.90 <= np.mean((low <= truth) & (truth <= high)) <= 0.98
+    assert error.mean() == pytest.approx((value - bias).std(ddof=1), rel=0.2)
+    assert abs(np.mean(value - bias) - truth) < 0.15 * np.mean(value - truth)
+    assert np.mean([each.bias for each in loose]) > 4 * bias.mean()
+    value, bias, error, *_ = np.array([row[1] for row in rows]).T
+    assert abs(np.mean(value - bias) - (kid.value - kid.bias)) < 3 * value.std() / math.sqrt(REPLICATES)
+    assert bias.mean() < -2 * value.std() / math.sqrt(REPLICATES)
+    assert error.mean() == pytest.approx(value.std(ddof=1), rel=0.2)
+    for score in (2, 3):
+        value, _, error, *_ = np.array([row[score] for row in rows[:100]]).T
+        assert error.mean() == pytest.approx(value.std(ddof=1), rel=0.3)
+
+
+def test_halves_take_half_of_each_class():
+    strata = np.array([0] * 6 + [1] * 4 + [2] * 5)
+    side = halves.in_halves(15, np.random.default_rng(0), strata)
+    assert [side[strata == c].sum() for c in (0, 1)] == [3, 2] and side[strata == 2].sum() in (2, 3)
+    sides = np.stack([halves.in_halves(9, np.random.default_rng(seed)) for seed in range(300)])
+    assert (sides.sum(axis=1) == 5).all() and np.allclose(sides.mean(axis=0), 5 / 9, atol=0.1)
+
+
 # -------------------------------------------------------------------------------------------- kernel distance
 
 
@@ -293,7 +360,8 @@ def test_radii_of_halves_are_those_of_the_halves():
     rng = np.random.RandomState(0)
     centres, points = rng.standard_normal((30, 2)), rng.standard_normal((40, 2))
     inside, parts = halves._cover(centres, points, 3, seed=7, splits=2)
-    side = np.argsort(np.random.default_rng(7).random((2, 30)), axis=1) % 2
+    rng = np.random.default_rng(7)
+    side = np.stack([~halves.in_halves(30, rng) for _ in range(2)])
     shares = []
     for half in (1, 0):
         mine = centres[side[0] == 1 - half]
@@ -310,6 +378,17 @@ def test_radii_of_halves_are_those_of_the_halves():
         raw.append(by_half[0] - by_half[1])
     assert ratio == pytest.approx(raw[0] / raw[1], rel=1e-12)
     assert np.isnan(halves._cover(centres[:7], points, 3, 0, 4)[1]).all()
+
+
+def test_variance_within_classes_has_the_error_of_its_replicates():
+    labels, rows = np.arange(150) % 3, []
+    for seed in range(REPLICATES):
+        x = np.random.RandomState(seed).exponential(size=(150, 2)) * (1 + labels[:, None])
+        found = influence.within_class_variance(x, labels)
+        rows.append((found.value, intervals.standard_error(found)))
+    value, error = np.array(rows).T
+    assert found.value == metrics.within_class_variance(x, labels)
+    assert error.mean() == pytest.approx(value.std(ddof=1), rel=0.15)
 
 
 def test_shares_have_the_interval_of_wilson():
