@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evaluations.influence import Estimate
+
 Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
@@ -45,6 +47,21 @@ def interval(estimate):
     low, high = estimate.bounds
     centre = min(max(estimate.value - estimate.bias, low), high)
     return float(max(centre - Z * error, low)), float(min(centre + Z * error, high))
+
+
+def mean(runs):
+    """The mean of one score's Estimates in runs of their own samples against one reference, as an Estimate.
+
+    What their samples add is independent, what the reference adds is common; with several runs it is known as well as
+    with one, unlike the spread of a few runs, which tells little of itself.
+    """
+    samples = np.concatenate([each.sample for each in runs]) / len(runs)
+    references = [each.reference for each in runs if each.reference is not None]
+    if references and len({len(parts) for parts in references}) > 1:
+        raise ValueError("runs against references of unlike sizes have no common mean: use one reference")
+    reference = np.mean(references, axis=0) if references else None
+    value, bias = (float(np.mean([getattr(each, name) for each in runs])) for name in ("value", "bias"))
+    return Estimate(value, samples, reference, bias, runs[0].bounds)
 
 
 def difference(first, second):
