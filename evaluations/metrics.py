@@ -7,6 +7,8 @@ ValueError for arrays of the wrong shape, for values that are not finite, and fo
 import numpy as np
 from scipy.special import entr
 
+from evaluations import neighbours
+
 BLOCK_ENTRIES = 2**23  # of a block of distances: 64 MB in float64
 
 
@@ -68,55 +70,62 @@ def frechet_distance_from_features(features1, features2):
     return float(shift @ shift + np.square(factor1).sum() + np.square(factor2).sum() - 2 * trace_root)
 
 
-def inception_score(probabilities, split_size=5000):
+def inception_score(probabilities, split_size=5000, splits=None, shuffle=None):
     """Mean over splits of exp(mean_i KL(p_i || mean p)), p [N,K] class probabilities (Salimans et al. 2016).
 
     The published protocol: consecutive splits of 5000 in the order of the rows (so the order matters), a short last
-    split counting like the others. The divergence is taken as entropy of the mean minus mean of the entropies, where
-    a probability of zero adds zero.
+    split counting like the others.
+
+    :param splits: so many splits of equal size, give or take a row, instead of those of split_size.
+    :param shuffle: seed of an order to draw first, or None; torch-fidelity's default is splits=10, shuffle=2020.
+    """
+    return float(np.mean(split_scores(probabilities, split_size, splits, shuffle)))
+
+
+def split_scores(probabilities, split_size=5000, splits=None, shuffle=None):
+    """The inception score of each split, a list; see `inception_score`.
+
+    The divergence is taken as entropy of the mean minus mean of the entropies, where a probability of zero adds zero.
     """
     probabilities = _finite_matrix(probabilities, "probabilities")
+    count = len(probabilities)
     if split_size < 1:
         raise ValueError(f"split_size is {split_size}: it must be at least 1")
+    if splits is not None and not 1 <= splits <= count:
+        raise ValueError(f"splits is {splits}: it must be from 1 to the number of images, {count}")
     if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1, dtype=np.float64) - 1).max() > 1e-3:
         raise ValueError("the rows are not probabilities (non-negative, sum 1): take the softmax of logits first")
+    if shuffle is not None:
+        probabilities = probabilities[np.random.RandomState(shuffle).permutation(count)]
+    starts = range(0, count, split_size) if splits is None else [i * count // splits for i in range(splits)]
     scores = []
-    for start in range(0, len(probabilities), split_size):
-        split = probabilities[start : start + split_size].astype(np.float64)          # [S,K]
-        scores.append(np.exp(entr(split.mean(axis=0)).sum() - entr(split).sum(axis=1).mean()))
-    return float(np.mean(scores))
+    for start, stop in zip(starts, [*starts[1:], count]):
+        split = probabilities[start:stop].astype(np.float64)                          # [S,K]
+        scores.append(float(np.exp(entr(split.mean(axis=0)).sum() - entr(split).sum(axis=1).mean())))
+    return scores
 
 
-def knn_radii(features, k=3):
+def knn_radii(features, k=3, distances="float32"):
     """Squared Euclidean distance [N] from each row of features [N,D] to its k-th nearest other row; N > k."""
     if k < 1:
         raise ValueError(f"k is {k}: a point's nearest other point is k = 1")
     features = _finite_matrix(features, "features", at_least=k + 1, why=f"each needs {k} others as neighbours")
-    radii = np.empty(len(features))
-    everyone = np.arange(len(features))
-    for rows, distances in _squared_distances(features, features):
-        distances[everyone[rows] - rows.start, everyone[rows]] = np.inf               # a point is not its own neighbour
-        distances.partition(k - 1, axis=1)
-        radii[rows] = distances[:, k - 1]
-    return radii
+    rule = neighbours.rule_of(distances, features.shape[1])
+    return neighbours.radii(neighbours.Points(features, rule), (k,))[:, 0]
 
 
-def precision_recall(reference, sample, k=3):
+def precision_recall(reference, sample, k=3, distances="float32"):
     """Precision and recall of sample [N2,D] against reference [N1,D] (Kynkaanniemi et al. 2019): two shares in 0..1.
 
-    A ball with the knn_radii of its centre is put around each point of a set. Precision is the share of sample points
-    in some reference ball, recall the share of reference points in some sample ball, rims included.
+    Precision is the share of sample rows within a reference row's distance to its k-th nearest other row, recall the
+    share of reference rows within such a distance of a sample row, rims included. See `neighbours` for the whole.
     """
-    radii_reference = knn_radii(reference, k)
-    radii_sample = knn_radii(sample, k)
-    reference, sample = np.asarray(reference), np.asarray(sample)
-    _check_same_width(reference, sample)
-    sample_is_in = np.empty(len(sample), bool)
-    reference_is_in = np.zeros(len(reference), bool)
-    for rows, distances in _squared_distances(sample, reference):                     # [B,N1]
-        sample_is_in[rows] = (distances <= radii_reference).any(axis=1)
-        reference_is_in |= (distances <= radii_sample[rows, None]).any(axis=0)
-    return float(sample_is_in.mean()), float(reference_is_in.mean())
+    sets = []
+    for features in (reference, sample):
+        sets.append(_finite_matrix(features, "features", k + 1, f"each needs {k} others as neighbours"))
+    _check_same_width(*sets)
+    scores = neighbours.neighbourhood_scores(*sets, k, k, distances)
+    return scores["precision"], scores["recall"]
 
 
 def within_class_variance(features, labels):
