@@ -27,29 +27,28 @@ class Collector:
 
     :param batch_size: images given to the extractor at once.
     :param cache: a Cache, or None.
+    :param keep_rows: False: only the moments remember the features.
     """
 
-    def __init__(self, extractor, batch_size=64, cache=None):
+    def __init__(self, extractor, batch_size=64, cache=None, keep_rows=True):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
         self.extractor, self.batch_size, self.cache = extractor, batch_size, cache
         self.parts, self.moments, self.shapes = [], {}, set()
-        self.waiting, self.count = [], 0
+        self.waiting, self.keep_rows = [], keep_rows
 
     def add(self, block):
         """Take in a Block; its features are computed as soon as there is work for the network."""
-        self.count += len(block.indices)
-        if self.waiting and self.waiting[0].images.shape[1:] != block.images.shape[1:]:
-            raise ValueError(
-                f"images of {list(self.waiting[0].images.shape[1:])} and of {list(block.images.shape[1:])} in one set"
-            )
+        self.shapes.add(block.images.shape[1:])
+        if len(self.shapes) > 1:
+            raise ValueError(f"images of different shapes in one set: {sorted(map(list, self.shapes))}")
         self.waiting.append(block)
         if sum(len(each.indices) for each in self.waiting) >= sources.BLOCK:
-            self._flush()
+            self.flush()
 
     def collected(self):
         """The Collected of this rank; its features have rows of no images where it had none."""
-        self._flush()
+        self.flush()
         if not self.parts:
             return None
         indices, features, labels, digests = zip(*self.parts)
@@ -59,7 +58,8 @@ class Collector:
             frozenset(self.shapes),
         )  # fmt: skip
 
-    def _flush(self):
+    def flush(self):
+        """Look at what waits."""
         if not self.waiting:
             return
         waiting, self.waiting = self.waiting, []
@@ -71,8 +71,8 @@ class Collector:
             rows = getattr(features, what)
             if rows is not None:
                 self.moments.setdefault(key, Moments(rows.shape[1])).add(rows)
-        self.shapes.add(images.shape[1:])
-        self.parts.append((indices, features, labels, digests))
+        if self.keep_rows:
+            self.parts.append((indices, features, labels, digests))
 
     def _look(self, images):
         steps = range(0, len(images), self.batch_size)

@@ -138,6 +138,8 @@ def evaluate(
     source = _opened(reference_files.find(sample), getattr(extractor, "channels", 3))
     if source.count == 0:
         raise ValueError(f"{source.name} has no array arr_0: save the images as np.savez(path, images)")
+    if source.label_problem and extractor.name != InceptionExtractor.name:
+        raise ValueError(source.label_problem)
     return scorer.scores(source, scorer.look_at(source, "sample features"))
 
 
@@ -176,10 +178,10 @@ class Scorer:
     def through(self, stream):
         """Yields the batches (indices, x float [n,C,H,W] in [-1,1], labels or None) of a stream, and looks at them."""
         self._collector = collect.Collector(self.extractor, self.batch_size, self.cache)
-        for batch in stream:
-            for block in sources.StreamSource([batch]).blocks():
-                self._collector.add(block)
-            yield batch
+        for indices, x, labels in stream:
+            known = None if labels is None else labels.cpu().numpy()
+            self._collector.add(sources.Block(np.array(list(indices)), door.to_uint8(x), known))
+            yield indices, x, labels
 
     def finish(self, name="samples"):
         """The scores of what came `through`. Collective."""

@@ -156,7 +156,7 @@ class ClassifierExtractor:
         self.device = torch.device(device)
         self.classifier, flags = door.open_classifier(path, device)
         self.channels, self.size = flags["image_channels"], flags["image_size"]
-        self.identity = {"name": "classifier at t = 0", "file": self.name, "weights": f"sha256:{door.sha256(path)}"}
+        self.identity = {"name": "classifier at t = 0", "weights": f"sha256:{door.sha256(path)}"}
         self.dim = self(np.zeros((1, self.size, self.size, self.channels), np.uint8)).pool.shape[1]
 
     def __call__(self, images):

@@ -175,7 +175,7 @@ def _settled(queries, base, found, k, itself):
     if not queries.rule.settles:  # a point is the first of its own neighbours, whatever its rounded distance
         first = 0 if itself is None else 1
         return values[:, first : first + k], columns[:, first : first + k]
-    known = columns >= 0
+    known = values < np.inf  # neither empty places nor the point itself
     rows = np.nonzero(known)[0]
     true = np.where(known, 0, np.inf)
     true[known] = exact(queries.rows, base.rows, rows, columns[known])

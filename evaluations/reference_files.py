@@ -91,8 +91,8 @@ def open_npz(path):
     known = look_into(path)
     moments = moments_of(path, known)
     if "arr_0" in known.arrays:
-        labels = read(path, ["arr_1"]).get("arr_1")
-        source = sources.NpzSource(path, labels, moments)
+        source = sources.NpzSource(path, moments)
+        source.labels = read(path, ["arr_1"]).get("arr_1") if source.fits_labels(known.arrays.get("arr_1")) else None
     elif "mu" in moments:
         source = StatisticsSource(path, moments)
     else:

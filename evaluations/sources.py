@@ -46,10 +46,11 @@ class Source:
     """What all sources have.
 
     name; count of images (None: not known beforehand); labels [N] or None; moments, as those of an ImageSet; provenance
-    of the moments, a dict; lossy: a compression has touched the pixels (None: not known).
+    of the moments, a dict; lossy: a compression has touched the pixels (None: not known); label_problem: what is wrong
+    with labels that cannot be used, or None.
     """
 
-    count = labels = lossy = None
+    count = labels = lossy = label_problem = None
     moments: Mapping = MappingProxyType({})
     provenance: Mapping = MappingProxyType({})
     _looked_at = False
@@ -114,13 +115,23 @@ class NpzSource(Source):
     Files are data: nothing in them is unpickled.
     """
 
-    def __init__(self, path, labels=None, moments=MappingProxyType({})):
+    def __init__(self, path, moments=MappingProxyType({})):
         super().__init__(str(path))
-        self.labels, self.moments = labels, moments
+        self.moments = moments
         with self._member() as (_, shape, dtype):
             with blaming(f"{path}, arr_0"):
                 _check_shape(shape, dtype)
             self.count, self.shape, self.dtype = shape[0], shape[1:], dtype
+
+    def fits_labels(self, header):
+        """Whether the array of this Header (None: there is none) can be labels; else why not is in label_problem."""
+        if header is None:
+            return False
+        if header.shape != (self.count,) or header.dtype.kind not in "iu":
+            shape = list(header.shape)
+            told = f"labels are {header.dtype} of shape {shape}: expected {self.count} whole numbers"
+            self.label_problem = f"{self.name}, arr_1: {told}"
+        return not self.label_problem
 
     def _check(self):
         for _ in self.blocks():
@@ -374,7 +385,7 @@ def reading(path):
         raise
     except Exception as error:  # numpy, zipfile and Pillow raise almost anything
         told = f"it has no array {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: {told}; the file must be intact, as np.savez or an image program wrote it") from error
+        raise ValueError(f"{path}: {told}; it must be as np.savez or an image program wrote it") from error
 
 
 def warn(message):

@@ -1,0 +1,32 @@
+"""Scores of samples straight from a sampler: nothing passes over the disk, and each process looks at its own."""
+
+import json
+import os
+from contextlib import contextmanager
+
+from evaluations import door, evaluator
+from evaluations.features import make_extractor
+
+
+@contextmanager
+def scored(args, folder, device):
+    """
+    For the time of sampling, what the stream of samples is to go through: a function from stream to stream, or None.
+    The reference is looked at before, so that bad input ends the program early; afterwards scores are printed and
+    written to scores.json in the folder.
+
+    :param args: evaluate (the reference; empty: no scores), extractor, weights, save_samples.
+    """
+    if not args.evaluate:
+        if not args.save_samples:
+            raise ValueError("--save_samples False without --evaluate leaves nothing of the samples: give one of them")
+        yield None
+        return
+    extractor = make_extractor(args.extractor, device, args.weights or None)
+    scorer = evaluator.Scorer(args.evaluate, extractor, progress=True, ranks=door.here(), device=device)
+    yield scorer.through
+    scores = scorer.finish(os.path.join(folder, "samples"))
+    if scores:
+        evaluator.report(scores)
+        with door.writing(os.path.join(folder, "scores.json")) as file:
+            file.write((json.dumps(scores, indent=2) + "\n").encode())
