@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
+from tests_golden import GOLDEN, golden_features
 
 from evaluations import evaluator, features, metrics, neighbours, sources
 from guided_diffusion import checkpoint, script_util
-from tests_golden import GOLDEN, golden_features
 
 ROOT = Path(__file__).resolve().parents[1]
 

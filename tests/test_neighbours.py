@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
+from tests_golden import GOLDEN, golden_features
 
 from evaluations import neighbours
 from evaluations.door import Ranks
-from tests_golden import GOLDEN, golden_features
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +82,15 @@ def test_near_ties_are_settled_and_not_guessed():
     points = neighbours.Points(reference, neighbours.rule_of("float32", 4))
     exact = np.sort(cdist(reference, reference, "sqeuclidean"), axis=1)[:, [1, 4]]
     np.testing.assert_allclose(neighbours.radii(points, (1, 4)), exact, rtol=1e-14)
+
+
+def test_more_near_ties_than_are_kept_are_looked_at_one_by_one():
+    """Clusters of 30 points within 1e-6, whose bounds are all alike."""
+    x = np.repeat(10 * np.random.RandomState(0).standard_normal((6, 8)), 30, axis=0)
+    x += 1e-6 * np.random.RandomState(1).standard_normal(x.shape)
+    exact = np.sort(cdist(x, x, "sqeuclidean"), axis=1)[:, 3]
+    points = neighbours.Points(x, neighbours.rule_of("float32", 8))
+    np.testing.assert_allclose(neighbours.radii(points, (3,))[:, 0], exact, rtol=1e-12)
 
 
 def test_hundreds_of_copies_are_at_distance_zero():
@@ -181,10 +190,10 @@ def test_the_reference_is_split_over_ranks_and_nothing_changes(monkeypatch, size
 
 
 def test_memory_is_bounded_by_blocks():
-    """20,000 against 20,000 rows would be 1.6 GB of float32 distances; the process may have 300 MB beyond its start."""
+    """12,000 against 12,000 rows would be 576 MB of float32 distances; the process may have 300 MB beyond its start."""
     code = (
         "import resource, numpy as np; from evaluations import neighbours;"
-        "r = np.random.RandomState(0).standard_normal((20000, 8)).astype(np.float32);"
+        "r = np.random.RandomState(0).standard_normal((12000, 8)).astype(np.float32);"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "neighbours.neighbourhood_scores(r, r + 0.1);"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
