@@ -9,6 +9,7 @@ images always. Several processes (torchrun, mpiexec, srun) share the work.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -97,11 +98,8 @@ def run(args):
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: no such folder; make it first")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-    given = [ranks.from_main(reference_files.find, each) for each in (args.reference, args.sample)]
-    if args.extractor == InceptionExtractor.name:  # what is wrong with the files is known before weights are sought
-        given = [_opened(each, 3, args.image_size) for each in given]
-    extractor = extractor_of(args, device)
-    sets = [_opened(each, getattr(extractor, "channels", 3), args.image_size) for each in given]
+    make = functools.partial(extractor_of, args, device)
+    sets, extractor = open_sets((args.reference, args.sample), make, ranks, args.image_size)
     scores = evaluate(*sets, extractor, args.batch_size, True, settings, args.cache, ranks, device)
     if scores:
         report(scores)
@@ -141,6 +139,16 @@ def evaluate(
     if source.label_problem and extractor.name != InceptionExtractor.name:
         raise ValueError(source.label_problem)
     return scorer.scores(source, scorer.look_at(source, "sample features"))
+
+
+def open_sets(given, make, ranks, image_size=None):
+    """(the Sources of what was given, the extractor that make() returns). Files are seen to be there before weights are
+    sought, and read as far as that is quick before any image is looked at. Collective."""
+    given = [ranks.from_main(reference_files.find, each) for each in given]
+    for each in given:
+        sources.open_source(each, 3, image_size)
+    extractor = make()
+    return [_opened(each, getattr(extractor, "channels", 3), image_size) for each in given], extractor
 
 
 def _opened(given, channels, image_size=None):

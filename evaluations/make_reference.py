@@ -9,6 +9,7 @@ images only. Several processes (torchrun, mpiexec, srun) share the work.
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -46,11 +47,8 @@ def run(args):
     out = Path(args.out)
     if out.suffix != ".npz" or not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: give a file OUT.npz in a folder that exists")
-    source = sources.open_source(args.images, 3, args.image_size)
-    extractor = evaluator.extractor_of(args, device)
-    if getattr(extractor, "channels", 3) != 3:
-        source = sources.open_source(args.images, extractor.channels, args.image_size)
-    source.check()
+    make = functools.partial(evaluator.extractor_of, args, device)
+    (source,), extractor = evaluator.open_sets([args.images], make, ranks, args.image_size)
     build(source, extractor, out, args.count, args.keep, args.seed, args.save_every, args.batch_size, ranks, True)
     if ranks.is_main:
         print(f"{out}: statistics of {args.count or source.count} images of {source.name}, {args.keep} of them kept")

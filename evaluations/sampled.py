@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import contextmanager
+from functools import partial
 
 from evaluations import door, evaluator
 from evaluations.features import make_extractor
@@ -22,8 +23,9 @@ def scored(args, folder, device):
             raise ValueError("--save_samples False without --evaluate leaves nothing of the samples: give one of them")
         yield None
         return
-    extractor = make_extractor(args.extractor, device, args.weights or None)
-    scorer = evaluator.Scorer(args.evaluate, extractor, progress=True, ranks=door.here(), device=device)
+    ranks, make = door.here(), partial(make_extractor, args.extractor, device, args.weights or None)
+    (reference,), extractor = evaluator.open_sets([args.evaluate], make, ranks)
+    scorer = evaluator.Scorer(reference, extractor, progress=True, ranks=ranks, device=device)
     yield scorer.through
     scores = scorer.finish(os.path.join(folder, "samples"))
     if scores:
