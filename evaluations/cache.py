@@ -1,38 +1,57 @@
-"""Features kept on disk under the content of the images and the network that they are of: no network looks twice."""
+"""Features that were computed once, in a folder, found again by what they are of: images and network."""
 
 import hashlib
-import zipfile
+import json
 from pathlib import Path
 
 import numpy as np
 
-from evaluations import gallery
-from evaluations.features import Features, extract
+from evaluations import door, sources
+from evaluations.features import Features
 
 
-def extract_once(folder, extractor, images, batch_size=64, progress=None):
-    """features.extract of images [N,H,W,C], from a file of `folder` if it has been computed before, else into one.
+class Cache:
+    """A folder of features, a file for each block of images, named by the content of the images and the extractor.
 
-    The file's name is a hash of the pixels and of the network (its name and, if that is a file, its content), so that a
-    file of other weights under the same name is never taken for the same. A damaged file is computed again.
+    So work that was broken off goes on where it was, 10,000 images grow to 50,000 at the price of 40,000, other images
+    never find the features of these, and several processes may use one folder. Files are written whole or not at all;
+    one that is damaged, or a disk that is full, costs a warning and the time to compute.
     """
-    path = Path(folder) / f"{key_of(extractor, images)}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            return Features(npz["pool"], npz["probabilities"], npz["spatial"] if "spatial" in npz.files else None)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        found = extract(extractor, images, batch_size, progress)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with gallery.writing(path) as file:
-        np.savez(file, **{name: value for name, value in found._asdict().items() if value is not None})
-    return found
 
+    def __init__(self, folder, identity):
+        self.folder, self.full = Path(folder), False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.key = json.dumps(identity, sort_keys=True).encode()
 
-def key_of(extractor, images):
-    """The hash, 32 hex digits, of images [N,H,W,C] and of what looks at them."""
-    told = hashlib.sha256(f"{extractor.name} {extractor.dim} {images.dtype} {images.shape}".encode())
-    if Path(extractor.name).is_file():
-        told.update(Path(extractor.name).read_bytes())
-    for start in range(0, len(images), 1024):
-        told.update(np.ascontiguousarray(images[start : start + 1024]).tobytes())
-    return told.hexdigest()[:32]
+    def features(self, digests, compute):
+        """The Features of images with these digests [n,32]: from the folder, or compute()."""
+        name = hashlib.sha256(self.key + digests.tobytes()).hexdigest()
+        path = self.folder / name[:2] / f"{name}.npz"
+        found = self._read(path, len(digests)) if path.is_file() else None
+        if found is None:
+            found = compute()
+            self._write(path, found)
+        return found
+
+    def _read(self, path, count):
+        try:
+            with np.load(path, allow_pickle=False) as npz:
+                found = Features(**{name: npz[name] for name in npz.files})
+            if len(found.pool) == count:
+                return found
+            problem = f"{len(found.pool)} rows in place of {count}"
+        except Exception as error:  # of damaged files numpy and zipfile raise almost anything
+            problem = error
+        sources.warn(f"features in {path} are damaged ({problem}) and are computed again")
+        return None
+
+    def _write(self, path, features):
+        if self.full:
+            return
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with door.writing(str(path)) as file:
+                np.savez(file, **{name: each for name, each in features._asdict().items() if each is not None})
+        except OSError as error:
+            self.full = True
+            sources.warn(f"{error}; the scores will come all the same, but later features are not kept")

@@ -13,17 +13,16 @@ import math
 import sys
 from pathlib import Path
 
-from evaluations import errors, evaluator, intervals
+from evaluations import door, errors, gallery, intervals
 
-BETTER = {"inception_score": 1, "fid": -1, "sfid": -1, "kid": -1, "precision": 1, "recall": 1, "label_agreement": 1}
-# Of a protocol, what may differ: names of what was scored, and what is told of but changes no score by its meaning.
-OWN = ("file", "name", "hash", "sha256", "fingerprint", "labels")
-TOLD = ("versions",)
+BETTER = {"inception_score": 1, "fid": -1, "sfid": -1, "kid": -1, "precision": 1, "recall": 1, "density": 1,
+          "coverage": 1, "label_agreement": 1}  # fmt: skip
+TOLD = "versions"  # the part of a protocol that may differ, and is told of
 
 
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input or unlike protocols."""
-    return evaluator.guarded(run, parse(argv))
+    return door.exit_code(lambda: run(parse(argv)))
 
 
 def parse(argv=None):
@@ -46,7 +45,7 @@ def run(args):
     for line in lines(told, Path(args.first).stem, Path(args.second).stem):
         print(line)
     if args.out:
-        Path(args.out).write_text(errors.to_json(told) + "\n", encoding="utf-8")
+        gallery.write(args.out, errors.to_json(told) + "\n")
 
 
 def read(path):
@@ -97,16 +96,13 @@ def compare(first, second, first_parts=None, second_parts=None, anyway=False):
 
 
 def differences(first, second):
-    """(what makes two results unlike, what else differs in how they were made), lists of texts. What was scored is no
-    part of how: names and hashes of the samples may differ."""
-    one, other = (_flat(each.get("protocol", {}) | {"extractor": each.get("extractor")}) for each in (first, second))
+    """(what makes two results unlike, what else differs in how they were made), lists of texts."""
+    one, other = (_flat({"extractor": each.get("extractor"), **each.get("protocol", {})}) for each in (first, second))
     unlike, told = [], []
     for key in sorted(one.keys() | other.keys()):
-        words = key.split(".")
-        if one.get(key) == other.get(key) or ("sample" in key and words[-1].removeprefix("sample_") in OWN):
-            continue
-        text = f"{key} {one.get(key, 'unknown')} and {other.get(key, 'unknown')}"
-        (told if words[0] in TOLD else unlike).append(text)
+        if one.get(key) != other.get(key):
+            text = f"{key} {one.get(key, 'unknown')} and {other.get(key, 'unknown')}"
+            (told if key.startswith(TOLD) else unlike).append(text)
     return unlike, told
 
 

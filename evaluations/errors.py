@@ -10,29 +10,32 @@ from evaluations import halves, influence, intervals, kernel
 from evaluations.influence import Estimate
 
 
-def estimates(reference, sample, *, labels=None, fixed=None, k=3, split_size=5000, seed=0, classes=(None, None)):
+def estimates(reference, sample, *, labels=None, fixed=None, k=3, seed=0, classes=(None, None), **splits):
     """{score: Estimate} of two Features: inception_score, fid, sfid, kid, precision, recall, label_agreement.
 
-    A score that the features or labels [N] do not allow is left out.
+    A score that the features or labels [N] do not allow is left out; without reference (None) all that need its images.
 
     :param fixed: {"fid": (mean, covariance), "sfid": ...}: stored moments of the reference, which count as exact. The
         reference images of the other scores are a sample always, and their error counts.
-    :param k, split_size: of the protocol: neighbours of precision and recall, images a split of the inception score.
+    :param k: of the protocol, neighbours of precision and recall.
+    :param splits: as metrics.inception_score takes them.
     :param seed: of the random halves that the errors of precision and recall take.
     :param classes: labels of the reference [M] and of the sample [N], or None. Where their counts are more even than
         chance leaves them they count as fixed, and errors and bias are those within the classes (influence.strata).
     """
     fixed, strata = fixed or {}, strata_of((reference, sample), classes)
-    found = {
-        "inception_score": influence.inception_score(sample.probabilities, split_size, strata[1]),
-        "fid": influence.frechet(reference.pool, sample.pool, fixed.get("fid"), strata),
-    }
-    if sample.spatial is not None and (reference.spatial is not None or "sfid" in fixed):
-        found["sfid"] = influence.frechet(reference.spatial, sample.spatial, fixed.get("sfid"), strata)
-    pools = reference.pool, sample.pool
-    found["kid"] = kernel.kid(*pools, strata=strata)
-    found["precision"], found["recall"] = halves.precision_recall(*pools, k, seed, strata=strata)
-    if labels is not None:
+    found = {}
+    if sample.probabilities is not None:
+        found["inception_score"] = influence.inception_score(sample.probabilities, **splits, strata=strata[1])
+    for name, what in (("fid", "pool"), ("sfid", "spatial")):
+        both = [None if each is None else getattr(each, what) for each in (reference, sample)]
+        if both[1] is not None and (name in fixed or (both[0] is not None and not fixed)):
+            found[name] = influence.frechet(*both, fixed.get(name), strata)
+    if reference is not None:
+        pools = reference.pool, sample.pool
+        found["kid"] = kernel.kid(*pools, strata=strata)
+        found["precision"], found["recall"] = halves.precision_recall(*pools, k, seed, strata=strata)
+    if labels is not None and sample.probabilities is not None:
         hits = sample.probabilities.argmax(axis=1) == np.asarray(labels)
         found["label_agreement"] = influence.share(hits, strata[1])
     return found
@@ -74,7 +77,8 @@ def errors_of(reference, sample, *, fixed=None, seed=0, classes=(None, None), pa
 
 def strata_of(features, classes):
     """influence.strata of the labels of each of some Features; None for labels that are not of as many images."""
-    fits = [labels is not None and np.shape(labels) == (len(each.pool),) for each, labels in zip(features, classes)]
+    fits = [each is not None and labels is not None and np.shape(labels) == (len(each.pool),)
+            for each, labels in zip(features, classes)]  # fmt: skip
     return tuple(influence.strata(labels) if fit else None for labels, fit in zip(classes, fits))
 
 
@@ -83,7 +87,8 @@ def infinity(reference, sample, found, fixed=None, seed=0, strata=(None, None)):
     fixed = (fixed or {}).get("fid")
     if "fid" not in found or len(sample.pool) < 4 or (fixed is None and len(reference.pool) < 4):
         return None
-    limit = halves.fid_infinity(reference.pool, sample.pool, seed, fixed=fixed, strata=strata)
+    pool = None if reference is None else reference.pool
+    limit = halves.fid_infinity(pool, sample.pool, seed, fixed=fixed, strata=strata)
     return limit | {"standard_error": _known(intervals.standard_error(found["fid"]))}
 
 

@@ -4,9 +4,10 @@ import numpy as np
 
 from evaluations import metrics
 from evaluations.influence import share, within
-from evaluations.nearest import nearest
+from evaluations.neighbours import nearest
 
 SPLITS = 32  # of a manifold's error, which is then known to about 1/8 of itself
+BLOCK_ENTRIES = 2**23  # of a block of distances: 64 MB in float64
 LISTED = 12  # neighbours kept for each order k: a half has k of the 12 k nearest but for one case in billions
 
 
@@ -71,7 +72,7 @@ def _cover(centres, points, k, seed, splits, strata=(None, None)):
     of_half = np.where(listed.any(axis=2), distances[np.arange(len(centres)), listed.argmax(axis=2)], distances[:, -1])
     radii, widest = distances[:, k - 1], of_half.max(axis=0)
     inside, in_half = np.zeros(len(points), bool), np.zeros((2, splits, len(points)), bool)
-    for rows, block in metrics._squared_distances(points, centres):                   # [B,M]
+    for rows, block in _squared_distances(points, centres):                   # [B,M]
         inside[rows] = (block <= radii).any(axis=1)
         row, centre = np.nonzero(block <= widest)
         near, row = block[row, centre], row + rows.start
@@ -87,3 +88,21 @@ def _cover(centres, points, k, seed, splits, strata=(None, None)):
     noise = [np.square(within((each - each.mean()) / len(points), strata[1])).sum() for each in contrast]
     excess, total = np.mean(noise) / 4, np.square(parts).sum()
     return inside, parts * np.sqrt(max(0.0, 1 - excess / total)) if total else parts
+
+
+def _squared_distances(rows, columns):
+    """Yields (slice of the rows, their squared distances [B,M] to all columns), in blocks of bounded memory.
+
+    float64, since |u|^2 - 2uv + |v|^2 cancels. What lies below the rounding error of that sum is zero: duplicates
+    are at distance 0 exactly, so that a ball of radius 0 still holds them.
+    """
+    rows, columns = rows.astype(np.float64, copy=False), columns.astype(np.float64, copy=False)
+    row_norms, column_norms = (np.einsum("nd,nd->n", x, x) for x in (rows, columns))
+    resolution = np.finfo(np.float64).eps * (rows.shape[1] + 4)
+    step = max(1, BLOCK_ENTRIES // len(columns))
+    for start in range(0, len(rows), step):
+        block = slice(start, min(start + step, len(rows)))
+        norms = row_norms[block, None] + column_norms                                 # [B,M]
+        distances = norms - 2 * (rows[block] @ columns.T)
+        distances[distances <= resolution * norms] = 0
+        yield block, distances

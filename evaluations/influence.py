@@ -9,7 +9,7 @@ parts name the images that hurt most. (Infinitesimal jackknife: Jaeckel 1972; Se
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import chdtr, entr, rel_entr
+from scipy.special import chdtr, rel_entr
 
 from evaluations import metrics
 
@@ -119,20 +119,19 @@ def _within_second(features, second, mean, basis, scale, curvature):
     return count / (count - 1) * (second.sum() - count * of_mean)
 
 
-def inception_score(probabilities, split_size=5000, strata=None):
-    """metrics.inception_score of probabilities [N,K], in splits of split_size in their order, as an Estimate.
+def inception_score(probabilities, split_size=5000, splits=None, shuffle=None, strata=None):
+    """metrics.inception_score of probabilities [N,K], by those splits and that order, as an Estimate.
 
     The logarithm of a split's score is the mean of KL(p_i || mean p), which to first order does not change with
     `mean p`, so an image's part is its own divergence less the mean. The expected score depends on split_size: no bias
     is taken off, and an interval is for the score by that protocol. strata: of the images, as `strata` finds them.
     """
-    value = metrics.inception_score(probabilities, split_size)
-    parts, splits = np.empty(len(probabilities)), -(-len(probabilities) // split_size)
-    for start in range(0, len(probabilities), split_size):
-        p = np.asarray(probabilities[start : start + split_size], np.float64)         # [S,K]
+    scores = metrics.split_scores(probabilities, split_size, splits, shuffle)
+    value, parts = float(np.mean(scores)), np.empty(len(probabilities))
+    for rows, score in zip(metrics.split_rows(len(probabilities), split_size, splits, shuffle), scores):
+        p = np.asarray(probabilities[rows], np.float64)                               # [S,K]
         divergence = rel_entr(p, p.mean(axis=0)).sum(axis=1)
-        score = np.exp(entr(p.mean(axis=0)).sum() - entr(p).sum(axis=1).mean())
-        parts[start : start + split_size] = score * (divergence - divergence.mean()) / (len(p) * splits)
+        parts[rows] = score * (divergence - divergence.mean()) / (len(p) * len(scores))
     return Estimate(value, within(parts, strata), bounds=(1.0, float(probabilities.shape[1])))
 
 

@@ -8,18 +8,18 @@ would by chance.
 """
 
 import argparse
-import hashlib
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from evaluations import errors, evaluator, gallery, influence, intervals, pages, report
-from evaluations.cache import extract_once
-from evaluations.features import make_extractor
-from evaluations.nearest import nearest
+from evaluations import door, errors, evaluator, gallery, influence, intervals, pages, report, sources
+from evaluations.cache import Cache
+from evaluations.collect import collect
+from evaluations.features import identity_of
+from evaluations.neighbours import nearest
 
 REAL_QUANTILE = 0.01  # of the distances among real images: what is closer counts as a repetition
 
@@ -49,23 +49,23 @@ def main(argv=None):
     parser.add_argument("sample", metavar="SAMPLE.npz", help="images to look at")
     parser.add_argument("--held_out", metavar="REAL.npz", help="real images of no training, for comparison")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for page, json and features")
-    parser.add_argument("--extractor", default="inception", help="inception, or a classifier checkpoint")
-    parser.add_argument("--weights", help="file of the Inception weights (None: $GD_INCEPTION_WEIGHTS, else download)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    return evaluator.guarded(run, parser.parse_args(argv))
+    evaluator.add_extractor_options(parser)
+    return door.exit_code(lambda: run(parser.parse_args(argv)))
 
 
 def run(args):
     """Looks as the command line says; writes memorisation.json, report.html, report.md and pictures."""
-    sets = [path and evaluator.read_image_set(path) for path in (args.training, args.sample, args.held_out)]
-    extractor = make_extractor(args.extractor, args.device, args.weights)
-    folder, pools = Path(args.out) / "features", [None] * len(sets)
-    for k, given in enumerate(sets):
-        if given:
-            pools[k] = extract_once(folder, extractor, given.images, args.batch_size, f"features of {given.name}").pool
-    told = summary(pools[0], pools[1], sets[1].images, sets[0].images, pools[2])
-    report.write(args.out, page(told, sets[0].images, sets[1].images))
+    ranks, device = door.start(args.device or None)
+    given = [path for path in (args.training, args.sample, args.held_out) if path]
+    make = functools.partial(evaluator.extractor_of, args, device)
+    sets, extractor = evaluator.open_sets(given, make, ranks, args.image_size)
+    kept, seen = Cache(Path(args.out) / "features", identity_of(extractor)), []
+    for source in sets:
+        with sources.blaming(source.name):
+            seen.append(collect(source, extractor, ranks, args.batch_size, kept, f"features of {source.name}"))
+    training, sample, *held_out = (each.features.pool for each in seen)
+    told = summary(training, sample, seen[1].digests, seen[0].digests, *held_out)
+    report.write(args.out, page(told, args.training, args.sample))
     gallery.write(Path(args.out) / "memorisation.json", errors.to_json(told) + "\n")
     print(*lines(told), f"report: {Path(args.out) / 'report.html'}", sep="\n")
 
@@ -86,11 +86,14 @@ def lines(told):
             yield f"{what}: {len(told[key])}"
 
 
-def page(told, training_images, images):
-    """The blocks of a page about a summary, with the images [M,H,W,C] and [N,H,W,C] that it is of."""
+def page(told, training, sample):
+    """The blocks of a page about a summary, with pictures out of the files of both sets."""
     closest = told["closest"]
-    rows = [np.concatenate([images[each["sample"]][None], training_images[each["training"]]]) for each in closest]
-    columns = ["sample", *(f"training {k}" for k in range(1, len(rows[0])))]
+    near = [i for each in closest for i in each["training"]]
+    mine, theirs = (report.images_of(*each)[0] for each in (
+        (sample, [each["sample"] for each in closest]), (training, near)))  # fmt: skip
+    rows = np.concatenate([mine[:, None], theirs.reshape(len(closest), -1, *theirs.shape[1:])], axis=1)
+    columns = ["sample", *(f"training {k}" for k in range(1, rows.shape[1]))]
     labels = [f"{each['ratio']:.2f}" for each in closest]
     blocks = [
         pages.Heading("Memorisation", 1),
@@ -98,11 +101,11 @@ def page(told, training_images, images):
         pages.Text("Each row: a sample, and the training images nearest to it. The number is the ratio of its distance "
                    "to that training image's distance to its nearest other; below 1 it is suspect, 0 is a copy."),
         pages.Picture("closest", "The samples that are closest to training images", gallery.grid(
-            np.concatenate(rows), len(columns), row_labels=labels, column_labels=columns, tile=64)),
+            rows.reshape(-1, *mine.shape[1:]), len(columns), row_labels=labels, column_labels=columns, tile=64)),
     ]  # fmt: skip
     pairs = told["repetitions"]["pairs"][:SHOWN]
     if pairs:
-        both = images[[i for pair in pairs for i in pair]]
+        both = report.images_of(sample, [i for pair in pairs for i in pair])[0]
         blocks.append(pages.Picture("repetitions", "Samples that repeat one another, two by two", gallery.grid(
             both, 2, row_labels=[f"{i}, {j}" for i, j in pairs], tile=64)))  # fmt: skip
     return blocks
@@ -121,16 +124,16 @@ def neighbours(training, sample, k=3):
     return Neighbours(distances, owners, ratios)
 
 
-def repeated_pixels(images, others=None):
-    """Groups of rows of images [N,...] whose pixels are the same: lists of two rows or more. With others [M,...]: the
+def repeated_pixels(digests, others=None):
+    """Groups of images of one digest [N,32] (`sources.digests`): lists of two rows or more. With others [M,32]: the
     pairs (row, row of others), the first of several."""
     if others is None:
         rows = {}
-        for row, digest in enumerate(map(_digest, images)):
+        for row, digest in enumerate(map(bytes, digests)):
             rows.setdefault(digest, []).append(row)
         return [group for group in rows.values() if len(group) > 1]
-    known = {digest: row for row, digest in reversed(list(enumerate(map(_digest, others))))}
-    return [(row, known[digest]) for row, digest in enumerate(map(_digest, images)) if digest in known]
+    known = {digest: row for row, digest in reversed(list(enumerate(map(bytes, others))))}
+    return [(row, known[digest]) for row, digest in enumerate(map(bytes, digests)) if digest in known]
 
 
 def repetitions(training, sample, seed=0):
@@ -152,12 +155,12 @@ def repetitions(training, sample, seed=0):
     return close, [tuple(map(int, pair)) for pair in pairs]
 
 
-def summary(training, sample, images=None, training_images=None, held_out=None):
-    """What a report says, of features (training [M,D], sample [N,D], held-out real ones or None) and their images.
+def summary(training, sample, digests=None, training_digests=None, held_out=None):
+    """What a report says, of features (training [M,D], sample [N,D], held-out real ones or None) and their digests.
 
     Returns a dict of json's types: samples, training, copies (share of samples with a ratio below 1, standard error and
     interval; of the held-out images too), closest (the smallest ratios: sample, training images, ratio), repetitions
-    (share, expected, pairs), and with images the exact copies: same_pixels (among samples), copied_pixels.
+    (share, expected, pairs), and with digests the exact copies: same_pixels (among samples), copied_pixels.
     """
     found = neighbours(training, sample)
     close, pairs = repetitions(training, sample)
@@ -171,10 +174,10 @@ def summary(training, sample, images=None, training_images=None, held_out=None):
     }  # fmt: skip
     if held_out is not None:
         told["copies_held_out"] = _share(neighbours(training, held_out).ratios < 1)
-    if images is not None:
-        told["same_pixels"] = repeated_pixels(images)
-    if images is not None and training_images is not None:
-        told["copied_pixels"] = repeated_pixels(images, training_images)
+    if digests is not None:
+        told["same_pixels"] = repeated_pixels(digests)
+    if digests is not None and training_digests is not None:
+        told["copied_pixels"] = repeated_pixels(digests, training_digests)
     return told
 
 
@@ -182,10 +185,6 @@ def _share(hits):
     found = influence.share(hits)
     return {"share": found.value, "standard_error": intervals.standard_error(found),
             "interval": list(intervals.interval(found))}  # fmt: skip
-
-
-def _digest(image):
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
 
 
 if __name__ == "__main__":

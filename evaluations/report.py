@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations import evaluator, gallery, pages, tables
+from evaluations import door, evaluator, gallery, pages, sources, tables
 from evaluations.compare import BETTER, parts_of, read
 
 SHOWN = 64  # images in a grid
@@ -28,7 +28,7 @@ def main(argv=None):
     parser.add_argument("scores", nargs="+", metavar="SCORES.json", help="what the evaluator wrote with --out")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the page, made if it is not there")
     parser.add_argument("--title", default="Scores", help="heading of the page")
-    return evaluator.guarded(run, parser.parse_args(argv))
+    return door.exit_code(lambda: run(parser.parse_args(argv)))
 
 
 def run(args):
@@ -79,25 +79,35 @@ def about(result):
 
 def look(result, parts, prefix):
     """Pictures of the samples, and of the ten that add most to FID, where the file of the samples is still there."""
-    file = result["sample"]["file"]
-    if not Path(file).is_file():
+    file, count = result["sample"]["file"], result["sample"]["images"]
+    if not Path(file).exists():
         return [pages.Text(f"No pictures: {file} is not there any more.")]
-    given = evaluator.read_image_set(file)
-    images, labels = given.images, given.labels
-    order = np.arange(min(len(images), SHOWN))
+    first, fid, worst = range(min(count, SHOWN)), (parts or {}).get("fid"), []
+    if fid and len(fid.sample) == count:
+        worst = most_harmful(fid, HARMFUL)
+    images, labels = images_of(file, [*first, *worst])
+    order = np.arange(len(first))
     if labels is not None:
-        order = order[np.argsort(labels[order], kind="stable")]
+        order = np.argsort(labels[: len(first)], kind="stable")
     blocks = [pages.Picture(f"{prefix}_samples", f"The first {len(order)} samples of {file}",
                             gallery.grid(images[order], 16))]  # fmt: skip
-    if parts and "fid" in parts and len(parts["fid"].sample) == len(images):
-        fid = parts["fid"]
-        worst = most_harmful(fid, HARMFUL)
+    if worst:
         captions = [f"{fid.sample[i]:+.2g}" for i in worst]
         text = f"The {len(worst)} samples that add most to FID: without one of them it would be so much lower"
         blocks.append(pages.Picture(f"{prefix}_harmful", text, gallery.grid(
-            images[worst], len(worst), column_labels=captions, tile=64)))  # fmt: skip
+            images[len(first) :], len(worst), column_labels=captions, tile=64)))  # fmt: skip
         blocks.append(pages.Table(["sample", "adds to FID"], [[str(i), f"{fid.sample[i]:+.3g}"] for i in worst]))
     return blocks
+
+
+def images_of(file, rows):
+    """(images uint8 [n,H,W,C] of those rows of a file, folder or zip, their labels [n] or None)."""
+    source, found = sources.open_source(file), {}
+    wanted = set(rows)
+    for block in source.blocks():
+        found |= {i: image for i, image in zip(block.indices.tolist(), block.images) if i in wanted}
+    labels = None if source.labels is None else np.asarray(source.labels)[list(rows)]
+    return np.stack([found[i] for i in rows]), labels
 
 
 def most_harmful(estimate, count=HARMFUL):

@@ -6,7 +6,7 @@ from evaluations import intervals, pages
 
 NAMES = {
     "inception_score": "Inception score", "fid": "FID", "sfid": "sFID", "kid": "KID", "precision": "Precision",
-    "recall": "Recall", "label_agreement": "Label agreement",
+    "recall": "Recall", "density": "Density", "coverage": "Coverage", "label_agreement": "Label agreement",
 }  # fmt: skip
 
 

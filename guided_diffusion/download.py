@@ -20,7 +20,8 @@ def fetch(url, path, checksum, progress=True):
     one, asks for the rest only. A server that cannot do that sends everything again.
 
     :param url: http, https, file...
-    :param checksum: "md5:HEX" or "sha256:HEX" of the content, or the first digits of it.
+    :param checksum: "md5:HEX" or "sha256:HEX" of the content, or the first digits of it; None: not known, the caller
+        checks.
     :param progress: show a bar.
     :return: the path, as a Path.
     :raises ValueError: for another content, which is deleted if it has just come, or a checksum of no known kind.
@@ -48,7 +49,10 @@ def fetch(url, path, checksum, progress=True):
 
 
 def check(path, checksum, remedy):
-    """Raise ValueError, with the remedy, unless the file has the checksum ("md5:HEX", "sha256:HEX", or a beginning)."""
+    """Raise ValueError, with the remedy, unless the file has the checksum ("md5:HEX", "sha256:HEX", or a beginning;
+    None: any)."""
+    if checksum is None:
+        return
     kind, _, wanted = checksum.partition(":")
     if kind not in ("md5", "sha256") or not re.fullmatch("[0-9a-f]{8,64}", wanted):
         raise ValueError(f"checksum {checksum!r} is neither md5:HEX nor sha256:HEX")

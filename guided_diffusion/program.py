@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections import deque
 
 import numpy as np
 import torch as th
@@ -378,11 +379,12 @@ def worse_model(args, flags):
     return planned(diffusion, **walk_of(args))[1].predictor(network, clip_denoised=False)
 
 
-def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
+def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None, through=None):
     """
     Draw the samples that SampleOptions ask for and write them; `flags` tell their shape.
 
     :param cond_fn: see `steer_of`; with one, `args` has ClassifierSampleOptions.
+    :param through: who else sees the samples as they come: a function from stream to stream (EvaluateOptions).
     """
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
@@ -411,6 +413,10 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
         num_ranks=dist_util.world_size(),
         progress=True,
     )
+    stream = through(stream) if through else stream
+    if not args.save_samples:
+        deque(stream, 0)  # nothing is kept
+        return
     result = collect(stream)
     if result is not None:
         logger.log(f"samples: {save_samples(folder, *result, names, args.grid, args.prompts)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluations import errors, intervals, tables
+from evaluations.evaluator import write
 from evaluations.features import ClassifierExtractor
 from evaluations.judge import judged
 from guided_diffusion import config, generate, pictures, study
@@ -94,8 +95,7 @@ def score(demo, args, rows):
         scores = judged(reference, path, judge, parts)
         table.append({"sampler": name, "scale": scale, "path": path, **scores})
         told = demo.out / "held_out.json" if scale is None else path.parent / "scores.json"
-        told.write_text(errors.to_json(scores) + "\n")
-        errors.save(errors.parts_path(told), parts)  # for evaluations/compare.py and report.py
+        write(told, scores, parts)  # for evaluations/compare.py and report.py
         measures = "label_agreement", "fid", "recall", "spread"
         shown = "  ".join(f"{key} {tables.score(scores, key)}" for key in measures)
         print(f"{name:<16}{'' if scale is None else scale!s:>6}  {shown}", flush=True)

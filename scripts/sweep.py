@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch as th
 
-from evaluations import errors, report, tables
-from evaluations.evaluator import evaluate
+from evaluations import report, tables
+from evaluations.evaluator import evaluate, write
 from evaluations.features import make_extractor
 from guided_diffusion import checkpoint, config, generate, sampling, study
 from guided_diffusion.config import option
@@ -92,7 +92,7 @@ def draw(work, args, case, folder):
     start = time.monotonic()
     work.run(*words)
     drawn = {"asked": asked, "seconds": round(time.monotonic() - start, 1), "evaluations": evaluations(case, guided)}
-    write_json(folder / "drawn.json", drawn)
+    write(folder / "drawn.json", drawn, None)
     return next(folder.glob("samples_*.npz")), drawn
 
 
@@ -123,18 +123,11 @@ def score(args, case, folder, samples, drawn, extractor):
     if path.is_file() and json.loads(path.read_text()).get("made_of") == made_of:
         return path
     parts = {}
-    result = evaluate(args.reference, str(samples), extractor(), args.batch_size, True, parts,
+    result = evaluate(args.reference, str(samples), extractor(), args.batch_size, True, parts=parts,
                       cache=Path(args.out) / "features")  # fmt: skip
     settings = {**{name: case[name] for name in report.SETTINGS}, "evaluations": drawn["evaluations"]}
-    with checkpoint.writing(str(errors.parts_path(path))) as file:
-        errors.save(file, parts)
-    write_json(path, {**result, "settings": settings, "made_of": made_of})
+    write(path, {**result, "settings": settings, "made_of": made_of}, parts)
     return path
-
-
-def write_json(path, value):
-    with checkpoint.writing(str(path)) as file:
-        file.write(errors.to_json(value).encode())
 
 
 def check(args):

@@ -12,9 +12,20 @@ import pytest
 import torch as th
 from test_intervals import World, softened
 
-from evaluations import cache, compare, errors, evaluator, gallery, influence, intervals, memorisation, pages, report
+from evaluations import (
+    collect,
+    compare,
+    errors,
+    evaluator,
+    gallery,
+    influence,
+    intervals,
+    memorisation,
+    pages,
+    report,
+    sources,
+)
 from evaluations.features import Features
-from evaluations.nearest import nearest
 from evaluations.per_class import per_class
 from guided_diffusion import checkpoint, script_util
 
@@ -49,8 +60,7 @@ def results(tmp_path):
         np.savez(tmp_path / f"{name}.npz", each, np.arange(len(each)) % 3)
         parts = {}
         result = evaluator.evaluate(tmp_path / "reference.npz", tmp_path / f"{name}.npz", Pixels(), parts=parts)
-        result["protocol"] = {"weights": "abc", "k": 3, "counts": {"sample": 80}, "sample": {"sha256": name},
-                              "versions": {"torch": "2.13"}}  # fmt: skip
+        result["protocol"] |= {"weights": "abc", "images": {"sample": 80}, "versions": {"torch": "2.13"}}
         (tmp_path / f"{name}.json").write_text(errors.to_json(result))
         errors.save(tmp_path / f"{name}.parts.npz", parts)
     return [str(tmp_path / name) for name in ("reference.npz", "a.json", "b.json", "c.json")]
@@ -65,7 +75,9 @@ def test_compare_pairs_the_images_and_names_the_better(results, tmp_path, capsys
     printed = capsys.readouterr().out.splitlines()
     told = json.loads((tmp_path / "d.json").read_text())["scores"]
     parts = [errors.load(Path(path).with_suffix(".parts.npz")) for path in (a, b)]
-    for name, each in told.items():
+    assert {"density", "coverage"} == told.keys() - parts[0].keys()  # of which no error is known
+    assert told["density"]["standard_error"] is None and told["density"]["better"] is None
+    for name, each in ((name, told[name]) for name in parts[0]):
         expected = intervals.difference(parts[0][name], parts[1][name])
         assert each["paired"] and each["difference"] == pytest.approx(expected.value, abs=1e-12)
         assert each["interval"] == pytest.approx(expected.interval, abs=1e-12)
@@ -87,7 +99,7 @@ def test_compare_pairs_the_images_and_names_the_better(results, tmp_path, capsys
 
 @pytest.mark.parametrize("change, said", [
     ({"weights": "xyz"}, "weights abc and xyz"),
-    ({"counts": {"sample": 99}}, "counts.sample 80 and 99"),
+    ({"images": {"sample": 99}}, "images.sample 80 and 99"),
     ({"k": 5, "resize": "other"}, "k 3 and 5; resize unknown and other"),
 ])
 def test_compare_refuses_unlike_protocols_and_says_what_differs(results, capsys, change, said):
@@ -108,9 +120,10 @@ def test_compare_tells_of_versions_and_of_another_network(results, capsys):
     Path(b).write_text(json.dumps(result))
     assert compare.main([a, b]) == 0
     assert "made with other versions.torch 2.13 and 2.6" in capsys.readouterr().out
-    Path(b).write_text(json.dumps(result | {"extractor": "other.pt"}))
+    result["protocol"]["extractor"]["name"] = "other.pt"
+    Path(b).write_text(json.dumps(result))
     assert compare.main([a, b]) == 2
-    assert "extractor pixels and other.pt" in capsys.readouterr().err
+    assert "extractor.name pixels and other.pt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content, said", [(None, "no such file"), ("{", "is not json"), ("[1]", "holds no scores"),
@@ -176,23 +189,14 @@ def test_copies_and_repetitions_that_were_planted_are_found():
 def test_pixels_that_repeat():
     images = noise(3, 8)
     images[5], images[2] = images[1], images[1]
-    assert memorisation.repeated_pixels(images) == [[1, 2, 5]]
-    assert memorisation.repeated_pixels(noise(3, 8)) == []
-    assert memorisation.repeated_pixels(images, images[[3, 1, 3]]) == [(1, 1), (2, 1), (3, 0), (5, 1)]
-
-
-def test_nearest_neighbours_by_hand():
-    base = np.array([[0.0], [1.0], [3.0], [7.0]])
-    distances, owners = nearest(np.array([[2.9], [-1.0]]), base, 2)
-    assert owners.tolist() == [[2, 1], [0, 1]]
-    np.testing.assert_allclose(distances, [[0.01, 3.61], [1, 4]], rtol=1e-12)
-    distances, owners = nearest(base[1:3], base, 4, itself=1)
-    assert owners.tolist() == [[0, 2, 3, -1], [1, 0, 3, -1]]
-    assert distances.tolist() == [[1, 4, 36, np.inf], [4, 9, 16, np.inf]]
+    digests = sources.digests(images)
+    assert memorisation.repeated_pixels(digests) == [[1, 2, 5]]
+    assert memorisation.repeated_pixels(sources.digests(noise(3, 8))) == []
+    assert memorisation.repeated_pixels(digests, digests[[3, 1, 3]]) == [(1, 1), (2, 1), (3, 0), (5, 1)]
 
 
 def test_the_memorisation_program(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memorisation, "make_extractor", lambda *args: Pixels())
+    monkeypatch.setattr(evaluator, "make_extractor", lambda *args, **options: Pixels())
     samples = noise(6, 20)
     samples[4] = noise(5, 40)[13]
     np.savez(tmp_path / "training.npz", noise(5, 40))
@@ -235,7 +239,7 @@ def test_the_report_begins_with_the_five_lines_and_shows_the_samples_that_hurt(r
     text = (tmp_path / "one/report.md").read_text()
     lines = re.search(r"```\n(.*?)```", text, re.DOTALL)[1].splitlines()
     assert lines[1] == f"FID: {result['fid']}" and [line.split(":")[0] for line in lines] == [
-        "Inception Score", "FID", "Precision", "Recall", "Label agreement"]  # fmt: skip
+        "Inception Score", "FID", "Precision", "Recall", "Density", "Coverage", "KID", "Label agreement"]  # fmt: skip
     assert text.index("```") < text.index("|") and "| 0 | 27 | 3.14 ± 0.20 |" in text and "| weights | abc |" in text
     fid = errors.load(errors.parts_path(a))["fid"]
     worst = int(fid.sample.argmax())
@@ -279,30 +283,6 @@ def test_the_curves_of_a_sweep():
     for lines in found.values():
         assert gallery.curves(lines, "x", "y", "title").startswith(PNG)
     assert report.curves(ran[:1]) == []
-
-
-# ------------------------------------------------------------------------------------------------- kept features
-
-
-def test_features_are_computed_once_for_each_content_and_network(tmp_path):
-    look, images = Pixels(), noise(0, 10)
-    first = cache.extract_once(tmp_path, look, images)
-    again = cache.extract_once(tmp_path, look, images.copy())
-    assert look.seen == 10 and again.spatial is None
-    assert all(np.array_equal(*each) for each in zip(first[:2], again[:2]))
-    changed = images.copy()
-    changed[3, 0, 0, 0] ^= 1
-    assert not np.array_equal(cache.extract_once(tmp_path, look, changed).pool, first.pool) and look.seen == 20
-    weights = tmp_path / "network.pt"
-    weights.write_bytes(b"one")
-    other = Pixels(str(weights))
-    cache.extract_once(tmp_path, other, images)
-    weights.write_bytes(b"two")
-    cache.extract_once(tmp_path, other, images)
-    assert other.seen == 20
-    for path in tmp_path.glob("*.npz"):
-        path.write_bytes(path.read_bytes()[:100])  # broken off by a crash of the machine
-    assert np.array_equal(cache.extract_once(tmp_path, look, images).pool, first.pool) and look.seen == 30
 
 
 # ---------------------------------------------------------------------------------------------------------- sweep
@@ -350,7 +330,7 @@ def test_a_sweep_goes_on_where_it_was_broken_off(networks, tmp_path, monkeypatch
              "--steps", "2", "--scales", "1", "--num_samples", "12", "--reference", reference, "--extractor",
              networks / "judge/model000002.pt", "--out", out, "--device", "cpu"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    ran, looked, real_extract = [], [], cache.extract
+    ran, looked, real_look = [], [], collect.Collector._look
 
     def drawn(work, *given):  # what the sampling programs write; tests/test_docs.py has them do it
         ran.append(given)
@@ -358,7 +338,7 @@ def test_a_sweep_goes_on_where_it_was_broken_off(networks, tmp_path, monkeypatch
         np.savez(given[given.index("--log_dir") + 1] / "samples_12x8x8x1.npz", images)
 
     monkeypatch.setattr(sweep.study.Study, "run", drawn)
-    monkeypatch.setattr(cache, "extract", lambda *args: (looked.append(args), real_extract(*args))[1])
+    monkeypatch.setattr(collect.Collector, "_look", lambda self, x: (looked.append(x), real_look(self, x))[1])
     sweep.main()
     assert len(ran) == 2 and len(looked) == 3  # the reference once
     assert ran[0][:7] == ("scripts/image_sample.py", "--model_path", str(networks / "model/ema_0.9_000002.pt"),
