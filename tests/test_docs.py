@@ -186,8 +186,9 @@ def test_every_flag_that_the_docs_name_exists():
              for field in dataclasses.fields(group)}  # fmt: skip
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
                "source", "fashion", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
-               "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype", "keep", "count",
-               "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo"}  # fmt: skip
+               "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype", "keep",
+               "count", "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips",
+               "demo"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"
