@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import setup
 
 DEV = ["pytest>=8", "ruff>=0.6", "scikit-learn>=1.3"]
-EVAL = ["torch-fidelity>=0.4"]
+EVAL = ["torch-fidelity>=0.4", "torchvision"]  # DINOv2 and CLIP features; pin torch beside it, or pip exchanges it
 MPI = ["mpi4py>=4", "mpich>=4"]
 
 setup(

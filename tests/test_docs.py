@@ -130,6 +130,18 @@ def test_every_command_of_the_page_on_guidance(clone):
         assert (clone / "runs" / name / "samples_6x8x8x1.npz").exists()
 
 
+def test_every_command_of_the_page_on_evaluation(tmp_path):
+    for name in ("scripts", "datasets", "evaluations"):
+        os.symlink(ROOT / name, tmp_path / name)
+    ran = [shell(tiny(command), tmp_path) for command in commands(ROOT / "docs" / "evaluation.md")]
+    assert len(ran) == 8 and "a reference file of this project" in ran[3]
+    alone, together = (dict(line.split(": ") for line in said.splitlines()) for said in ran[4:6])
+    assert list(alone) == ["FID", "Precision", "Recall", "Density", "Coverage"]
+    numbers = {name: float(value) for name, value in alone.items()}
+    assert {name: float(value) for name, value in together.items()} == pytest.approx(numbers, rel=1e-8)
+    assert (tmp_path / "runs/evaluated_samples/scores.json").exists()
+
+
 def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     for name in ("scripts", "datasets"):
         os.symlink(ROOT / name, tmp_path / name)
@@ -174,7 +186,9 @@ def test_every_flag_that_the_docs_name_exists():
              for field in dataclasses.fields(group)}  # fmt: skip
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
                "source", "fashion", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
-               "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo"}  # fmt: skip
+               "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype", "keep",
+               "count", "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips",
+               "demo"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -137,6 +137,6 @@ def test_samples_are_scored_as_they_come_as_their_file_is(networks):
 ])
 def test_what_cannot_be_scored_ends_the_program_before_it_samples(networks, words, message):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts/image_sample.py"), "--model_path", "diffusion/model000001.pt", *words]
-    done = subprocess.run([*command, "--log_dir", "out"], cwd=networks, env=env, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "scripts/image_sample.py"), "--model_path", "diffusion/model000001.pt"]
+    done = subprocess.run([*command, *words, "--log_dir", "out"], cwd=networks, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "sampling" not in done.stderr
