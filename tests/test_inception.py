@@ -356,7 +356,7 @@ def folders(tmp_path, request):
 @needs_fidelity
 @pytest.mark.parametrize("folders", [8], indirect=True)
 def test_scores_of_two_folders_are_those_of_calculate_metrics(folders, inception, inception_file):
-    from evaluations import evaluator
+    from evaluations import evaluator, kernel, sources
 
     theirs = run_fidelity(
         folders, isc=True, fid=True, kid=True, prc=True, isc_splits=3, kid_subsets=4, kid_subset_size=4,
@@ -370,6 +370,9 @@ def test_scores_of_two_folders_are_those_of_calculate_metrics(folders, inception
     # Below full rank its eigenvalues of a product of covariances lose digits; the full-rank test is the slow one.
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours["notes"] == []
+    pools = [features.extract(inception, next(sources.open_source(folder).blocks()).images).pool for folder in folders]
+    kid = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    assert kernel.kid_of_subsets(*pools, subsets=4, size=4) == pytest.approx(kid, rel=1e-4)
 
 
 @needs_fidelity
