@@ -148,7 +148,7 @@ def test_every_command_of_the_page_on_scores(clone):
         shell(DEMO, clone)
     ran = [shell(tiny(command), clone) for command in commands(ROOT / "docs" / "scores.md")]
     scored, compared, page, swept, remembered = ran
-    assert "± standard error  95 % interval" in scored and compared.splitlines()[0].split()[-1] == "better"
+    assert "± standard error" in scored and "95 % interval" in scored and compared.splitlines()[0].split()[-1] == "better"
     assert page == "report: runs/demo/page/report.html\n" and swept.endswith("report: runs/demo/sweep/report.html\n")
     assert "held-out real images closer to a training image" in remembered
     for name, pictures in (("page", 4), ("sweep", 6), ("memorisation", 1)):
@@ -200,7 +200,7 @@ def test_every_flag_that_the_docs_name_exists():
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
                "source", "fashion", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
                "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype", "keep",
-               "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more",
+               "reference", "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more",
                "count", "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips",
                "demo"}  # fmt: skip
     for path in DOCS:
