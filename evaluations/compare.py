@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from evaluations import door, errors, gallery, intervals
+from evaluations import door, errors, gallery, intervals, tables
 
 BETTER = {"inception_score": 1, "fid": -1, "sfid": -1, "kid": -1, "precision": 1, "recall": 1, "density": 1,
           "coverage": 1, "label_agreement": 1}  # fmt: skip
@@ -42,7 +42,7 @@ def run(args):
     """Compares as the command line says; prints a table."""
     results = [read(path) for path in (args.first, args.second)]
     told = compare(*results, *map(parts_of, (args.first, args.second)), anyway=args.anyway)
-    for line in lines(told, Path(args.first).stem, Path(args.second).stem):
+    for line in lines(told, *tables.names([args.first, args.second])):
         print(line)
     if args.out:
         gallery.write(args.out, errors.to_json(told) + "\n")
@@ -119,13 +119,13 @@ def lines(told, first="first", second="second"):
         rows.append((
             name + ("" if each["paired"] else " *"), *(intervals.shown(each[key]) for key in ("first", "second")),
             intervals.shown(each["difference"], error), intervals.shown_interval(low, high, error or 0),
-            {"first": first, "second": second}.get(each["better"], "not told apart"),
+            {"first": first, "second": second}.get(each["better"], "-" if error is None else "not told apart"),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
     if not all(each["paired"] for each in told["scores"].values()):
-        yield "* not image by image: the sets differ in size, or a file of parts (NAME.parts.npz) is missing"
+        yield "* not image by image: the parts of the images (NAME.parts.npz) are not known, or not of as many images"
 
 
 def _apart(name, first, second):

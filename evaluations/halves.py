@@ -67,9 +67,8 @@ def _cover(centres, points, k, seed, splits, strata=(None, None)):
         raise ValueError(f"neighbours of order {k} among {len(centres)} images: give more images")
     distances, owners = nearest(centres, centres, min(len(centres) - 1, LISTED * k), itself=0)
     rng = np.random.default_rng(seed)
-    side = np.stack([in_halves(len(centres), rng, strata[0]) for _ in range(splits)])          # [splits,M]
-    listed = (side[:, owners] == side[:, :, None]).cumsum(axis=2) >= k                         # [splits,M,L]
-    of_half = np.where(listed.any(axis=2), distances[np.arange(len(centres)), listed.argmax(axis=2)], distances[:, -1])
+    side = np.stack([in_halves(len(centres), rng, strata[0]) for _ in range(splits)])  # [splits,M]
+    of_half = np.stack([_radii_of_halves(distances, owners, each, k) for each in side])
     radii, widest = distances[:, k - 1], of_half.max(axis=0)
     inside, in_half = np.zeros(len(points), bool), np.zeros((2, splits, len(points)), bool)
     for rows, block in _squared_distances(points, centres):                   # [B,M]
@@ -88,6 +87,12 @@ def _cover(centres, points, k, seed, splits, strata=(None, None)):
     noise = [np.square(within((each - each.mean()) / len(points), strata[1])).sum() for each in contrast]
     excess, total = np.mean(noise) / 4, np.square(parts).sum()
     return inside, parts * np.sqrt(max(0.0, 1 - excess / total)) if total else parts
+
+
+def _radii_of_halves(distances, owners, side, k):
+    """Squared distance [M] of each centre to the k-th nearest other one of its own half, side [M], by lists [M,L]."""
+    enough = (side[owners] == side[:, None]).cumsum(axis=1, dtype=np.int16) >= k      # [M,L]
+    return np.where(enough[:, -1], distances[np.arange(len(side)), enough.argmax(axis=1)], distances[:, -1])
 
 
 def _squared_distances(rows, columns):

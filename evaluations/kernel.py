@@ -55,12 +55,12 @@ def kid_of_subsets(reference, sample, subsets=100, size=1000, seed=2020, degree=
 
 def _row_means(rows, columns, degree, others=False):
     """Mean of the kernel of each row [N,D] with all columns [M,D], or with all others if these are the rows: [N]."""
-    columns = columns.astype(np.float64)
-    means = np.empty(len(rows))
-    for start in range(0, len(rows), ROWS // 4):
-        block = rows[start : start + ROWS // 4].astype(np.float64)                    # [B,D]
-        sums = ((block @ columns.T / columns.shape[1] + 1) ** degree).sum(axis=1)
+    sums, width, step = np.zeros(len(rows)), rows.shape[1], ROWS // 2
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step].astype(np.float64)                         # [B,D]
+        for first in range(0, len(columns), step):
+            products = block @ columns[first : first + step].T.astype(np.float64)     # [B,C]
+            sums[start : start + step] += ((products / width + 1) ** degree).sum(axis=1)
         if others:
-            sums -= (np.einsum("nd,nd->n", block, block) / columns.shape[1] + 1) ** degree
-        means[start : start + ROWS // 4] = sums / (len(columns) - others)
-    return means
+            sums[start : start + step] -= (np.einsum("nd,nd->n", block, block) / width + 1) ** degree
+    return sums / (len(columns) - others)

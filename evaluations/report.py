@@ -177,13 +177,12 @@ def _setting(key, value):
 
 
 def _names(paths, results):
-    """A short name for each result: its settings, else the file's, as far as it takes to tell them apart."""
+    """A short name for each result: its settings, else the file's."""
     if all("settings" in result for result in results):
         shown = [", ".join(_setting(key, result["settings"][key]) for key in SETTINGS) for result in results]
         if len(set(shown)) == len(shown):
             return shown
-    stems = [Path(path).stem for path in paths]
-    return stems if len(set(stems)) == len(stems) else list(map(str, paths))
+    return tables.names(paths)
 
 
 def _protocol(protocol):

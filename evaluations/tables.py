@@ -1,6 +1,7 @@
 """Tables and lines of results: each number to the digits that its error supports, with its interval."""
 
 import math
+from pathlib import Path
 
 from evaluations import intervals, pages
 
@@ -8,6 +9,14 @@ NAMES = {
     "inception_score": "Inception score", "fid": "FID", "sfid": "sFID", "kid": "KID", "precision": "Precision",
     "recall": "Recall", "density": "Density", "coverage": "Coverage", "label_agreement": "Label agreement",
 }  # fmt: skip
+
+
+def names(paths):
+    """A short name for each path, as far as it takes to tell them apart: its stem, that of its folder, or all of it."""
+    for short in ([Path(path).stem for path in paths], [Path(path).parent.name for path in paths]):
+        if len(set(short)) == len(short):
+            return short
+    return list(map(str, paths))
 
 
 def error_table(result):
@@ -37,7 +46,7 @@ def remark(result):
     """How to read the table, with the limit by halves where it is known."""
     text = (
         "± is the standard error of the number as it stands. Finite sets make Frechet distances too large on average, "
-        "by about the bias; the interval is for endless sets, and for the others the bias is none or not known."
+        "by about the bias; the interval is for endless sets. Of scores without a bias here none is known."
     )
     fixed = [what for what, each in (result.get("fixed_classes") or {}).items() if each]
     if fixed:

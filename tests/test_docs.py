@@ -148,7 +148,8 @@ def test_every_command_of_the_page_on_scores(clone):
         shell(DEMO, clone)
     ran = [shell(tiny(command), clone) for command in commands(ROOT / "docs" / "scores.md")]
     scored, compared, page, swept, remembered = ran
-    assert "± standard error" in scored and "95 % interval" in scored and compared.splitlines()[0].split()[-1] == "better"
+    assert "± standard error" in scored and "95 % interval" in scored
+    assert compared.splitlines()[0].split()[-1] == "better"
     assert page == "report: runs/demo/page/report.html\n" and swept.endswith("report: runs/demo/sweep/report.html\n")
     assert "held-out real images closer to a training image" in remembered
     for name, pictures in (("page", 4), ("sweep", 6), ("memorisation", 1)):

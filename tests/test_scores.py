@@ -24,6 +24,7 @@ from evaluations import (
     pages,
     report,
     sources,
+    tables,
 )
 from evaluations.features import Features
 from evaluations.per_class import per_class
@@ -134,6 +135,12 @@ def test_compare_refuses_other_files_in_one_line(results, tmp_path, capsys, cont
     assert compare.main([results[1], str(tmp_path / "bad.json")]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_names_are_as_short_as_tells_results_apart():
+    assert tables.names(["x/a.json", "x/b.json"]) == ["a", "b"]
+    assert tables.names(["x/scores.json", "y/scores.json"]) == ["x", "y"]
+    assert tables.names(["x/z/scores.json", "y/z/scores.json"]) == ["x/z/scores.json", "y/z/scores.json"]
 
 
 # ------------------------------------------------------------------------------------------- each class by itself
