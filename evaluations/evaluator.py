@@ -168,7 +168,8 @@ class Scorer:
         self, reference, extractor, batch_size=64, progress=False, settings=None, cache=None, ranks=None, device="cpu"
     ):
         self.extractor, self.batch_size, self.progress = extractor, batch_size, progress
-        self.settings, self.ranks, self.device = settings or Settings(), ranks or door.Ranks(), device
+        self.settings, self.ranks = settings or Settings(), ranks or door.Ranks()
+        self.device = "cpu" if str(device).startswith("mps") else str(device)  # which has no float64
         self.cache = Cache(cache, identity_of(extractor)) if cache else None
         self.reference = _opened(reference_files.find(reference), getattr(extractor, "channels", 3))
         statistics_alone = self.reference.count == 0
@@ -315,6 +316,9 @@ def _notes(described, extractor):
 
 def _notes_of_images(whole):
     """What the images themselves give to say."""
+    counts = [len(each.digests) for each in whole if each is not None]
+    if len(set(counts)) > 1:
+        yield f"{counts[0]} reference images against {counts[1]} samples"
     shapes = [sorted(each.shapes)[0] for each in whole if each is not None]
     if len(set(shapes)) > 1:
         sizes = " and ".join(f"{height}x{width}x{channels}" for height, width, channels in shapes)
