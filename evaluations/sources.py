@@ -145,7 +145,7 @@ class NpzSource(Source):
                     data = _read_exactly(file, len(rows) * bytes_each)
                     if rows[-1] + 1 == self.count and file.read(1):  # at its end the checksum is looked at
                         raise ValueError("arr_0 is longer than it says")
-                if rows[0] >= start and (number - -(-start // BLOCK)) % num_ranks == rank:
+                if rows[0] >= start and number % num_ranks == rank:
                     with blaming(f"{self.name}, arr_0"):
                         images = as_uint8(np.frombuffer(data, dtype).reshape(-1, *self.shape))
                     yield Block(rows, images, None if self.labels is None else self.labels[rows])
