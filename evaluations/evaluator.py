@@ -38,7 +38,12 @@ LINES = {
 
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input."""
-    return door.exit_code(lambda: run(parse(argv)))
+    return guarded(run, parse(argv))
+
+
+def guarded(work, args):
+    """Calls work(args). Returns an exit code: 0, 130 for an interrupt, or 2 after a line on stderr about bad input."""
+    return door.exit_code(lambda: work(args))
 
 
 def parse(argv=None):
@@ -147,7 +152,9 @@ def open_sets(given, make, ranks, image_size=None):
     given = [ranks.from_main(reference_files.find, each) for each in given]
     for each in given:
         sources.open_source(each, 3, image_size)
-    extractor = make()
+    made = []
+    ranks.from_main(lambda: made.append(make()))  # first on one rank: it may fetch weights
+    extractor = made[0] if made else make()
     return [_opened(each, getattr(extractor, "channels", 3), image_size) for each in given], extractor
 
 

@@ -281,6 +281,13 @@ def open_source(given, channels=3, image_size=None):
     raise TypeError(f"{type(given).__name__} is no source of images: give a path, an array or an iterable of batches")
 
 
+def read_image_set(path, channels=3):
+    """All images of a path in memory, for what looks at single ones: an ImageSet. Errors as of `open_source`."""
+    source = open_source(path, channels)
+    images = np.concatenate([block.images for block in source.blocks()])
+    return ImageSet(source.name, images, source.labels, source.moments)
+
+
 def _open_path(path, channels, image_size):
     if path.is_dir():
         return FilesSource(path, channels, image_size)
