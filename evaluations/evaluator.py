@@ -50,7 +50,12 @@ LINES = {
 
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input."""
-    return door.exit_code(lambda: run(parse(argv)))
+    return guarded(run, parse(argv))
+
+
+def guarded(work, args):
+    """Calls work(args). Returns an exit code: 0, 130 for an interrupt, or 2 after a line on stderr about bad input."""
+    return door.exit_code(lambda: work(args))
 
 
 def parse(argv=None):
@@ -179,7 +184,9 @@ def open_sets(given, make, ranks, image_size=None):
     given = [ranks.from_main(reference_files.find, each) for each in given]
     for each in given:
         sources.open_source(each, 3, image_size)
-    extractor = make()
+    made = []
+    ranks.from_main(lambda: made.append(make()))  # first on one rank: it may fetch weights
+    extractor = made[0] if made else make()
     return [_opened(each, getattr(extractor, "channels", 3), image_size) for each in given], extractor
 
 
@@ -200,7 +207,8 @@ class Scorer:
         self, reference, extractor, batch_size=64, progress=False, settings=None, cache=None, ranks=None, device="cpu"
     ):
         self.extractor, self.batch_size, self.progress = extractor, batch_size, progress
-        self.settings, self.ranks, self.device = settings or Settings(), ranks or door.Ranks(), device
+        self.settings, self.ranks = settings or Settings(), ranks or door.Ranks()
+        self.device = "cpu" if str(device).startswith("mps") else str(device)  # which has no float64
         self.cache = Cache(cache, identity_of(extractor)) if cache else None
         self.reference = _opened(reference_files.find(reference), getattr(extractor, "channels", 3))
         statistics_alone = self.reference.count == 0
@@ -375,6 +383,9 @@ def _notes(described, extractor):
 
 def _notes_of_images(whole):
     """What the images themselves give to say."""
+    counts = [len(each.digests) for each in whole if each is not None]
+    if len(set(counts)) > 1:
+        yield f"{counts[0]} reference images against {counts[1]} samples"
     shapes = [sorted(each.shapes)[0] for each in whole if each is not None]
     if len(set(shapes)) > 1:
         sizes = " and ".join(f"{height}x{width}x{channels}" for height, width, channels in shapes)

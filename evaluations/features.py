@@ -205,7 +205,7 @@ class FidelityExtractor:
     """A network that torch-fidelity knows by name: dinov2-vit-{s,b,l,g}-14, clip-vit-b-32, clip-rn50 and so on.
 
     It fetches the weights itself (of DINOv2 the code too, from facebookresearch's repository). Needs torch-fidelity and
-    the torchvision that belongs to the installed torch: the extra `eval-more`.
+    the torchvision that belongs to the installed torch: the extra `eval`.
     """
 
     at_once = 16
@@ -217,7 +217,7 @@ class FidelityExtractor:
             raise ImportError(
                 f"extractor {name} needs torch-fidelity and a torchvision that fits torch {torch.__version__}, which "
                 f"do not import here ({_first_line(error)}): pip install torch=={torch.__version__.split('+')[0]} "
-                "torchvision torch-fidelity"
+                "torch-fidelity torchvision"
             ) from error
         known = [each for each in registry if each.startswith(("dinov2-", "clip-"))]
         if name not in known:
@@ -226,7 +226,7 @@ class FidelityExtractor:
         layer = kind.get_default_feature_layer_for_metric("fid")
         try:
             self.network = kind(name, [layer]).to(device).eval()
-        except OSError as error:  # no way to the weights
+        except (OSError, RuntimeError) as error:  # no way to the weights, or to the code
             raise FileNotFoundError(f"the weights of {name} cannot be had: {_first_line(error)}") from error
         self.name, self.device = name, torch.device(device)
         digest = door.sha256_of_tensors(self.network.state_dict())
@@ -274,7 +274,7 @@ def _as_batch(images, channels, why):
 
 
 def _probabilities(logits):
-    return _to_numpy(torch.softmax(logits.double(), dim=1))
+    return _to_numpy(torch.softmax(logits.cpu().double(), dim=1))
 
 
 def _to_numpy(x):

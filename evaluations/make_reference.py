@@ -23,7 +23,7 @@ from evaluations.moments import Moments
 
 def main(argv=None):
     """The program. Returns its exit code."""
-    return door.exit_code(lambda: run(parse(argv)))
+    return evaluator.guarded(run, parse(argv))
 
 
 def parse(argv=None):

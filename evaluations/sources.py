@@ -145,7 +145,7 @@ class NpzSource(Source):
                     data = _read_exactly(file, len(rows) * bytes_each)
                     if rows[-1] + 1 == self.count and file.read(1):  # at its end the checksum is looked at
                         raise ValueError("arr_0 is longer than it says")
-                if rows[0] >= start and (number - -(-start // BLOCK)) % num_ranks == rank:
+                if rows[0] >= start and number % num_ranks == rank:
                     with blaming(f"{self.name}, arr_0"):
                         images = as_uint8(np.frombuffer(data, dtype).reshape(-1, *self.shape))
                     yield Block(rows, images, None if self.labels is None else self.labels[rows])
@@ -279,6 +279,13 @@ def open_source(given, channels=3, image_size=None):
     if isinstance(given, Iterable):
         return StreamSource(given)
     raise TypeError(f"{type(given).__name__} is no source of images: give a path, an array or an iterable of batches")
+
+
+def read_image_set(path, channels=3):
+    """All images of a path in memory, for what looks at single ones: an ImageSet. Errors as of `open_source`."""
+    source = open_source(path, channels)
+    images = np.concatenate([block.images for block in source.blocks()])
+    return ImageSet(source.name, images, source.labels, source.moments)
 
 
 def _open_path(path, channels, image_size):

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,76 @@ def test_make_extractor_says_what_there_is(classifier_file):
         features.extract(None, np.zeros((4, 8, 8, 3), np.uint8), batch_size=0)
 
 
+# ------------------------------------------------------------------------------------------------- other extractors
+
+
+def test_a_function_of_ones_own_is_an_extractor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "own_features.py"
+    module.write_text("import torch\ndef tensor(images):\n    return torch.tensor(images).double().mean((1, 2))\n"
+                      "def wrong(images):\n    return images\ndef broken(images):\n    return images[:, 0, 0] * 1e999\n"
+                      "tensor.channels = 1\n")  # fmt: skip
+    extractor = features.make_extractor("own_features:tensor")
+    assert (extractor.name, extractor.dim, extractor.channels) == ("own_features:tensor", 1, 1)
+    images = random_images(0, 4, 5, 5, 1)
+    got = features.extract(extractor, images, 3)
+    np.testing.assert_allclose(got.pool, images.mean((1, 2)), rtol=1e-6)
+    assert got.pool.dtype == np.float32 and got.probabilities is None and got.spatial is None
+    assert features.identity_of(extractor)["code"] == f"sha256:{hashlib.sha256(module.read_bytes()).hexdigest()}"
+    for name, message in (
+        ("own_features:wrong", r"gave \[1, 32, 32, 3\] for 1 images: expected \[N,D\]"),
+        ("own_features:broken", "NaN or infinite"),
+        ("own_features:absent", "has no attribute 'absent'"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            features.make_extractor(name)
+
+
+def fake_registry(monkeypatch, kind):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    registry = types.ModuleType("torch_fidelity.registry")
+    registry.FEATURE_EXTRACTORS_REGISTRY = {"inception-v3-compat": None, "dinov2-vit-s-14": kind}
+    monkeypatch.setitem(sys.modules, "torch_fidelity.registry", registry)
+
+
+def test_networks_of_torch_fidelity_stand_behind_the_same_door(monkeypatch):
+    class Means(torch.nn.Module):
+        def __init__(self, name, layers):
+            super().__init__()
+            assert (name, layers) == ("dinov2-vit-s-14", ["tokens"])
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        get_default_feature_layer_for_metric = staticmethod({"fid": "tokens"}.__getitem__)
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and not self.training
+            return (self.scale * x.float().mean((2, 3)),)
+
+    fake_registry(monkeypatch, Means)
+    extractor = features.make_extractor("dinov2-vit-s-14")
+    assert (extractor.name, extractor.dim) == ("dinov2-vit-s-14", 3)
+    images = random_images(0, 20, 5, 5, 3)
+    np.testing.assert_allclose(extractor(images).pool, 2 * images.mean((1, 2)), rtol=1e-6)
+    assert features.identity_of(extractor)["weights"].startswith("tensors:")
+    with pytest.raises(ValueError, match="clip-none is none of torch-fidelity's: dinov2-vit-s-14"):
+        features.make_extractor("clip-none")
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("no internet connection\nand more")])
+def test_without_their_weights_or_torchvision_the_error_says_what_is_missing(monkeypatch, error):
+    def kind(name, layers):
+        raise error
+
+    kind.get_default_feature_layer_for_metric = {"fid": "tokens"}.__getitem__
+    fake_registry(monkeypatch, kind)
+    with pytest.raises(FileNotFoundError, match="the weights of dinov2-vit-s-14 cannot be had: no "):
+        features.make_extractor("dinov2-vit-s-14")
+    monkeypatch.setitem(sys.modules, "torch_fidelity.registry", None)
+    with pytest.raises(ImportError, match=r"needs torch-fidelity and a torchvision that fits torch 2\..*: pip install"):
+        features.make_extractor("dinov2-vit-s-14")
+
+
 # ------------------------------------------------------------------------------------------- the evaluator program
 
 
@@ -341,7 +412,7 @@ def test_evaluate_is_the_metrics_of_the_features(files):
         "coverage": wide["coverage"],
     }
     assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=1e-12)
-    assert scores["extractor"] == "inception" and scores["notes"] == []
+    assert scores["extractor"] == "inception" and scores["notes"] == ["30 reference images against 40 samples"]
     found = errors.errors_of(reference, sample)
     assert {key: scores[key] for key in found} == found and scores["standard_errors"]["fid"] > 0
     assert scores["kid"] == kernel.kid(reference.pool, sample.pool).value
@@ -385,9 +456,22 @@ def test_stored_moments_count_as_part_of_the_reference_and_those_of_other_featur
     foreign = evaluator.evaluate(tmp_path / "b.npz", files[1], FirstPixels())
     assert stored["protocol"]["reference"] != plain["protocol"]["reference"] == foreign["protocol"]["reference"]
     assert foreign["fid"] == plain["fid"] != stored["fid"]
-    assert foreign["notes"] == [
-        f"stored statistics of the reference, {tmp_path / 'b.npz'}, are of other features and were not used"
-    ]
+    told = f"stored statistics of the reference, {tmp_path / 'b.npz'}, are of other features and were not used"
+    assert foreign["notes"][0] == told
+
+
+def test_the_order_in_which_batches_come_does_not_matter(files):
+    how = {"settings": evaluator.Settings(split_size=7)}  # so that the inception score knows the order of the images
+    expected = evaluator.evaluate(*files, FirstPixels("judge"), **how)
+    order = np.random.RandomState(5).permutation(40)
+    batches = [(rows, SAMPLE[rows], rows % 3) for rows in np.split(order, [1, 4, 30])]
+    scores = evaluator.evaluate(files[0], batches, FirstPixels("judge"), batch_size=3, **how)
+    assert 0.1 < expected["label_agreement"] < 0.9
+    numbers = [key for key in evaluator.LINES if key in expected]
+    assert {key: scores[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-8)
+    assert scores["sample"]["sha256"] == expected["sample"]["sha256"] and scores["protocol"] == expected["protocol"]
+    with pytest.raises(ValueError, match="stream: image 3 came twice"):
+        evaluator.evaluate(files[0], [([1, 3], SAMPLE[:2], None), ([3, 4], SAMPLE[2:4], None)], FirstPixels())
 
 
 def test_statistics_alone_as_pytorch_fid_edm_and_clean_fid_keep_them_give_fid(files, tmp_path):
@@ -412,9 +496,10 @@ def test_what_is_unlike_is_said(files, tmp_path):
         Image.fromarray(image.repeat(2, 0).repeat(2, 1)).save(folder / f"{i}.jpg")
     notes = evaluator.evaluate(files[0], folder, FirstPixels())["notes"]
     assert notes[0].startswith("warning: the sample is JPEG or another lossy format and the reference is not")
-    assert notes[1] == "reference and sample are of different sizes, 4x4x3 and 8x8x3 (height x width x channels)"
-    assert notes[2] == "6 images of the sample are exact copies of others in it" and len(notes) == 3
-    few = evaluator.evaluate(REFERENCE[:5], SAMPLE, FirstPixels())
+    assert notes[1] == "30 reference images against 12 samples"
+    assert notes[2] == "reference and sample are of different sizes, 4x4x3 and 8x8x3 (height x width x channels)"
+    assert notes[3] == "6 images of the sample are exact copies of others in it" and len(notes) == 4
+    few = evaluator.evaluate(REFERENCE[:5], SAMPLE[:5], FirstPixels())
     assert few["notes"] == ["5 reference images are too few for density and coverage with 5 neighbours"]
     assert "density" not in few and few["precision"] >= 0
 

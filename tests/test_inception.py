@@ -368,7 +368,7 @@ def test_scores_of_two_folders_are_those_of_calculate_metrics(folders, inception
     assert ours["recall"] == pytest.approx(theirs["recall"], rel=1e-6)
     assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1
     # Below full rank its eigenvalues of a product of covariances lose digits; the full-rank test is the slow one.
-    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
     assert ours["notes"] == []
     pools = [features.extract(inception, next(sources.open_source(folder).blocks()).images).pool for folder in folders]
     kid = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]

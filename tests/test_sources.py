@@ -57,6 +57,7 @@ def test_every_source_gives_every_image_once_whatever_the_number_of_ranks(writte
         assert images.dtype == np.uint8
         if kind in ("plain", "compressed", "floats"):
             np.testing.assert_array_equal(labels, LABELS)
+    np.testing.assert_array_equal(sources.read_image_set(written["plain"]).images, IMAGES)
     np.testing.assert_array_equal(drained(source, 2, start=300, stop=590)[0], IMAGES[300:590])
     np.testing.assert_array_equal(source.take(np.array([3, 255, 256, 599]))[0], IMAGES[[3, 255, 256, 599]])
 
