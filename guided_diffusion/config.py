@@ -432,6 +432,22 @@ class SuperResSampleOptions(_Sampling):
 
 
 @dataclass
+class EvaluateOptions:
+    """evaluation"""
+
+    evaluate: str = option(
+        "",
+        "score the samples as they come, against this reference: an npz, a folder or zip of pictures, or the name of a"
+        " published file; writes scores.json (docs/evaluation.md)",
+    )
+    extractor: str = option(
+        "inception", "whose features --evaluate compares: inception, a classifier's checkpoint or module:function"
+    )
+    weights: str = option("", "file of the weights of Inception; empty: $GD_INCEPTION_WEIGHTS, else the published file")
+    save_samples: bool = option(True, "keep the samples and write them; without, --evaluate needs no room for them")
+
+
+@dataclass
 class ClassifierSampleOptions(SampleOptions):
     """sampling"""
 

@@ -155,6 +155,15 @@ def gather_objects(obj):
     return gathered
 
 
+def gather_to_main(obj):
+    """[the `obj` of rank 0, of rank 1, ...] on rank 0, where alone they take memory; None elsewhere. Collective."""
+    if not _connected():
+        return [obj]
+    gathered = [None] * dist.get_world_size() if is_main() else None
+    dist.gather_object(obj, gathered)
+    return gathered
+
+
 def from_main(function, *args):
     """
     What `function(*args)` returns on rank 0, where alone it runs, on every rank; an error of it is raised on all.

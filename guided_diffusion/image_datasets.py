@@ -262,11 +262,12 @@ def _resize_short_side(pil_image, length):
     return np.array(pil_image.resize(sides, Image.Resampling.BICUBIC))
 
 
-def _decode(source, mode):
+def _decode(source, mode, file=None):
+    """The PIL image of a path or of uint8 [H,W,C]; file: opened by the caller, and `source` only its name."""
     if isinstance(source, np.ndarray):  # [H,W,C]
         return Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source).convert(mode)
     try:
-        with _open_binary(source) as file:
+        with file or _open_binary(source) as file:
             image = Image.open(file)
             image.load()
         if image.mode[0] in "IF":

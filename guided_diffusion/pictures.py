@@ -119,7 +119,19 @@ def strip(frames, **captions):
 
 
 def save_curves(path, curves, xlabel, ylabel, title, logy=False):
-    """Draw {name: (xs, ys)} as lines into the picture file `path`; the names stand in a legend if there are several."""
+    """Write `draw_curves` of the rest as the picture file `path`, making its folder if need be."""
+    figure = draw_curves(curves, xlabel, ylabel, title, logy)
+    _make_folder(path)
+    figure.savefig(path)
+
+
+def draw_curves(curves, xlabel, ylabel, title, logy=False):
+    """
+    A matplotlib figure of {name: (xs, ys)} as lines; the names stand in a legend if there are several.
+
+    (xs, ys, errors) has bars of that length above and below each point, and (xs, ys, errors of xs, errors) to the sides
+    as well; None: no bars.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,16 +139,20 @@ def save_curves(path, curves, xlabel, ylabel, title, logy=False):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_prop_cycle(color=LINE_COLOURS)
-    for name, (xs, ys) in curves.items():
-        axes.plot(xs, ys, label=name, linewidth=1.6, marker="o" if len(xs) <= 12 else None, markersize=4)
+    for name, (xs, ys, *bars) in curves.items():
+        how = {"label": name, "linewidth": 1.6, "marker": "o" if len(xs) <= 12 else None, "markersize": 4}
+        if bars:
+            across, along = [None, *bars][-2:]
+            axes.errorbar(xs, ys, along, across, capsize=2, elinewidth=1, **how)
+        else:
+            axes.plot(xs, ys, **how)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
     axes.set_title(title, loc="left", fontweight="bold")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         figure.legend(frameon=False, loc="outside lower center", ncols=2)  # where it hides no line
-    _make_folder(path)
-    figure.savefig(path)
+    return figure
 
 
 def _make_folder(path):

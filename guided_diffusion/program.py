@@ -417,19 +417,20 @@ def worse_model(args, flags):
     return planned(diffusion, **walk_of(args))[1].predictor(network, clip_denoised=False)
 
 
-def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
+def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None, through=None):
     """
     Draw the samples that SampleOptions ask for and write them; `flags` tell their shape.
 
     :param cond_fn: see `steer_of`; with one, `args` has ClassifierSampleOptions.
+    :param through: who else sees the samples as they come: a function from stream to stream (EvaluateOptions).
     """
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
     labels, vectors = config.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
     given = {} if vectors is None else {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
     how = {"labels": labels, "num_classes": num_classes, "given": given}
-    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, **how)
-    if dist_util.is_main() and not store.finished:
+    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, through, **how)
+    if dist_util.is_main() and store and not store.finished:
         labels, more = store.labels, {}
         if args.prompts:
             names, labels = list(args.prompts), np.arange(args.num_samples) % len(args.prompts)
@@ -441,12 +442,13 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     dist_util.barrier()
 
 
-def draw(args, folder, diffusion, model, flags, count, cond_fn=None, **how):
+def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, **how):
     """
     Draw `count` samples as the options of sampling say, by all processes, beginning where a run that was broken off
-    stopped. Returns their SampleStore, `finished` if there was nothing left to do.
+    stopped. Returns their SampleStore, `finished` if there was nothing left to do; None with --save_samples False.
 
     :param cond_fn: see `steer_of`.
+    :param through: see `write_samples`.
     :param how: what each sample is conditioned on, as `sample_stream` takes it.
     """
     config.check_counts(args)
@@ -465,10 +467,13 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, **how):
         "steer": steer_of(args, diffusion, cond_fn),
         "device": dist_util.dev(),
     }
-    store = SampleStore(folder, (count, side, side, flags["image_channels"]), plan_of(args, flags),
-                        parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
-    if store.finished:
+    store = None
+    if args.save_samples:
+        store = SampleStore(folder, (count, side, side, flags["image_channels"]), plan_of(args, flags),
+                            parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
+    if store and store.finished:
         logger.log(f"{store.path} is finished already: delete {store.path}.json to draw it again")
+        drain((), store, through, args.batch_size)
         return store
     ranks, batches = dist_util.world_size(), math.ceil(count / args.batch_size)
     if batches < ranks:
@@ -484,10 +489,10 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, **how):
         rank=dist_util.rank(),
         num_ranks=ranks,
         progress=True,
-        skip=store.has,
+        skip=store and store.has,
         **how,
     )
-    drain(stream, store)
+    drain(stream, store, through, args.batch_size)
     if args.frames and dist_util.is_main():
-        save_frames(store.path, diffusion, model, min(count, 8), args.frames, **how)
+        save_frames(os.path.join(folder, "samples"), diffusion, model, min(count, 8), args.frames, **how)
     return store

@@ -6,12 +6,15 @@ While samples are drawn they lie in a folder NAME.partial: `images` (uint8, one 
 places of its samples. When all are drawn they become what was asked for, and NAME.json keeps the plan.
 """
 
+import collections
+import itertools
 import json
 import os
 import shutil
 import zipfile
 
 import numpy as np
+import torch as th
 
 from . import checkpoint, config, dist_util, logger, pictures, saves
 
@@ -155,6 +158,25 @@ class SampleStore:
         """int64 [N], or None."""
         return np.fromfile(os.path.join(self.partial, "labels"), np.int64) if self.labelled else None
 
+    def drawn(self, batch_size):
+        """
+        Yields this process's share, (indices, uint8 tensor [n,H,W,C], labels [n] or None), of what is drawn by now.
+
+        :raises ValueError: if they are finished, and not as an npz, from which they could be read.
+        """
+        images, labels, indices = self._finished() if self.finished else (self.images, self.labels, None)
+        indices = np.flatnonzero(self._done()) if indices is None else indices
+        mine = np.array_split(indices, dist_util.world_size())[dist_util.rank()]
+        for first in range(0, len(mine), batch_size):
+            part = mine[first : first + batch_size]
+            yield part.tolist(), th.tensor(images[part]), None if labels is None else th.tensor(labels[part])
+
+    def _finished(self):
+        if "npz" not in self.kinds:
+            raise ValueError(f"{self.path} is finished, and not as an npz: score it by evaluations/evaluator.py")
+        with np.load(self.path_of("npz"), allow_pickle=False) as npz:
+            return npz["arr_0"], npz["arr_1"] if self.labelled else None, np.arange(self.shape[0])
+
     def finish(self, class_names=None, **more):
         """
         Make of the partial folder what was asked for. On the first process, after all have drawn.
@@ -241,10 +263,25 @@ def parse_kinds(text):
     return kinds
 
 
-def drain(stream, store):
-    """Put what a stream of samples yields on this process into the store. Collective."""
-    if store.had and dist_util.is_main():
+def drain(stream, store, through=None, batch_size=1):
+    """
+    Put what a stream of samples yields on this process into the store. Collective.
+
+    :param store: None keeps nothing.
+    :param through: a function from stream to stream, for whoever else looks at the samples; those that were drawn
+        earlier come first, as uint8 [n,H,W,C], `batch_size` of them at once.
+    """
+    if store and not store.finished and store.had and dist_util.is_main():
         logger.log(f"going on: {store.had} of {store.shape[0]} samples are drawn already")
+    fresh = stream if store is None else _kept(stream, store)
+    if through:
+        earlier = store.drawn(batch_size) if store else ()
+        fresh = through(itertools.chain(earlier, fresh))
+    collections.deque(fresh, 0)
+    dist_util.barrier()
+
+
+def _kept(stream, store):
     for indices, x, y in stream:
         store.put(indices, pictures.to_uint8(x).cpu().numpy(), None if y is None else y.cpu().numpy())
-    dist_util.barrier()
+        yield indices, x, y

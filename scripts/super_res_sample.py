@@ -2,13 +2,20 @@
 
 import os
 
+from evaluations.sampled import scored
 from guided_diffusion import config, dist_util, logger, program, super_res
-from guided_diffusion.config import DiffusionOptions, RunOptions, SuperResOptions, SuperResSampleOptions
+from guided_diffusion.config import (
+    DiffusionOptions,
+    EvaluateOptions,
+    RunOptions,
+    SuperResOptions,
+    SuperResSampleOptions,
+)
 from guided_diffusion.script_util import open_super_res
 
 
 def main():
-    args = config.parse(__doc__, SuperResSampleOptions, SuperResOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, SuperResSampleOptions, SuperResOptions, DiffusionOptions, EvaluateOptions, RunOptions)
     config.check_counts(args)
     device, folder = program.start(args, SuperResOptions, DiffusionOptions)
     model, diffusion, flags = open_super_res(args.model_path, config.explicit_flags(args), device)
@@ -26,13 +33,14 @@ def main():
         return model(x, t, y=y if conditional else None, **cond)
 
     how = {"labels": labels, "given": {"low_res": base.batch}}
-    store = program.draw(args, folder, diffusion, model_fn, flags, count, **how)
-    if dist_util.is_main() and not store.finished:
-        if args.grid:
-            super_res.save_pairs(os.path.join(folder, "enlarged.png"), base, store.images)
-        store.finish(names)
-        logger.log(f"samples: {', '.join(map(store.path_of, store.kinds))}")
-    dist_util.barrier()
+    with scored(args, folder, device) as through:
+        store = program.draw(args, folder, diffusion, model_fn, flags, count, through=through, **how)
+        if dist_util.is_main() and store and not store.finished:
+            if args.grid:
+                super_res.save_pairs(os.path.join(folder, "enlarged.png"), base, store.images)
+            store.finish(names)
+            logger.log(f"samples: {', '.join(map(store.path_of, store.kinds))}")
+        dist_util.barrier()
 
 
 def how_many(args, base):

@@ -627,12 +627,12 @@ def test_a_classifier_must_fit_the_model(plain, classifier, cond, pets, tmp_path
 def test_every_flag_has_help_and_default(name):
     groups = {
         "image_train": "Train Watch Model Diffusion Run",
-        "image_sample": "Sample Model Diffusion Run",
+        "image_sample": "Sample Evaluate Model Diffusion Run",
         "image_nll": "NLL Model Diffusion Run",
         "super_res_train": "SuperResTrain SuperRes Diffusion Run",
-        "super_res_sample": "SuperResSample SuperRes Diffusion Run",
+        "super_res_sample": "SuperResSample Evaluate SuperRes Diffusion Run",
         "classifier_train": "ClassifierTrain Classifier Diffusion Run",
-        "classifier_sample": "ClassifierSample Model Diffusion Classifier Run",
+        "classifier_sample": "ClassifierSample Evaluate Model Diffusion Classifier Run",
     }[name]
     expected = config.options(*(getattr(config, f"{group}Options") for group in groups.split()))
     text = done(name, "--help").out
