@@ -18,10 +18,15 @@ def read_npy(path):
     return _read(path, "an npy file of a plain array", None)
 
 
-def _read(path, what, names):
+def map_npy(path):
+    """The array of an npy file, left on the disk and read where it is looked at; errors as of `read_npz`."""
+    return _read(path, "an npy file of a plain array", None, mmap_mode="r")
+
+
+def _read(path, what, names, **how):
     """The single array if names is None, else the dict."""
     try:
-        held = np.load(path, allow_pickle=False)
+        held = np.load(path, allow_pickle=False, **how)
         if isinstance(held, np.ndarray):
             _check(names is None, "it is a single array")
             return held

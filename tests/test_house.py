@@ -25,7 +25,9 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays",
+    "toy_models arrays decoding byte_formats labels",
+    "archives",
+    "sources",
     "config pictures image_datasets download text",
     "diffunet super_res",
     "checkpoint",
