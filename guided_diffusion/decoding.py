@@ -125,6 +125,8 @@ def _upright(image):
 
 
 def _in_mode(image, mode, background):
+    if image.mode == mode and "transparency" not in image.info:
+        return image
     if mode == "RGBA" or background == DROP_ALPHA or not _transparent(image):
         return image.convert(mode)
     image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")

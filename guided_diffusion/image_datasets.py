@@ -219,7 +219,9 @@ class ImageDataset(Dataset):
         pixels = pixels.reshape(self.resolution, self.resolution, -1)  # [S,S,C]; a grey one came as [S,S]
         if flip:
             pixels = pixels[:, ::-1]
-        x0 = np.transpose(pixels.astype(np.float32) / 127.5 - 1, [2, 0, 1])  # [C,S,S]
+        x0 = np.transpose(pixels, [2, 0, 1]).astype(np.float32, order="C")  # [C,S,S]
+        x0 /= 127.5
+        x0 -= 1
         cond = {}
         if self.local_classes is not None:
             cond["y"] = np.array(self.local_classes[index], dtype=np.int64)
@@ -263,7 +265,7 @@ def _resize_short_side(pil_image, length):
         pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.Resampling.BOX)
     scale = length / min(pil_image.size)
     sides = tuple(round(side * scale) for side in pil_image.size)
-    return np.array(pil_image.resize(sides, Image.Resampling.BICUBIC))
+    return np.array(pil_image if pil_image.size == sides else pil_image.resize(sides, Image.Resampling.BICUBIC))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

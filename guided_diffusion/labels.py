@@ -106,8 +106,7 @@ def _told_by_file(files, where, label_from):
         found = [rule for rule, name in LABEL_FILES.items() if name in files]
         if len(found) > 1:
             raise ValueError(f"{where} holds both {' and '.join(LABEL_FILES.values())}: choose by --label_from")
-        told = _told_by_file(files, where, found[0]) if found else None
-        return told if told and told[0] else None
+        return _told_by_file(files, where, found[0]) if found else None
     name = LABEL_FILES[label_from]
     if name not in files:
         raise ValueError(f"label_from is {label_from}, but there is no {name} in {where}")
@@ -144,8 +143,10 @@ def _read_json(text, path):
     names = content.get("class_names") if isinstance(content, dict) else None
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path}: class_names is no list of texts")
+    if rows is None:
+        raise ValueError(f"{path} says that there are no labels; --label_from prefix or folder takes the names")
     table = {}
-    for row in rows or []:
+    for row in rows:
         if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str) or type(row[1]) is not int:
             raise ValueError(f'{path}: {str(row)[:60]} is no [FILE, NUMBER] of {{"labels": [[FILE, NUMBER], ...]}}')
         _add(table, row[0].replace("\\", "/"), row[1], path)

@@ -241,7 +241,7 @@ def test_dataset_json_of_stylegan(folder, tmp_path):
         assert read(path, class_cond=True)[2].class_names == ["x", "y", "z"]
         assert read(path, class_cond=True, class_names=["z", "y", "x"])[1] == [2, 1, 2, 0, 0]
     for path in with_files(folder, tmp_path, dataset__json='{"labels": null}'):
-        assert read(path, class_cond=True)[2].label_rule == "file-name prefix"
+        assert read(path, class_cond=True, label_from="prefix")[2].label_rule == "file-name prefix"
 
 
 ALL = "b_0.png,1\na/b_1.png,0\na/a_2.png,1\nB_3.png,0\n"
@@ -257,7 +257,8 @@ ALL = "b_0.png,1\na/b_1.png,0\na/a_2.png,1\nB_3.png,0\n"
         ({"dataset__json": '{"labels": [["b_0.png"'}, {}, "dataset.json is no whole json"),
         ({"dataset__json": '{"labels": [["b_0.png", 0.5]]}'}, {}, r"is no \[FILE, NUMBER\]"),
         ({"dataset__json": '{"labels": [["b_0.png", 0], ["b_0.png", 1]]}'}, {}, "b_0.png has two labels, 0 and 1"),
-        ({"dataset__json": "{}"}, {"label_from": "json"}, "dataset.json has no label for B_3.png"),
+        ({"dataset__json": '{"labels": []}'}, {"label_from": "json"}, "dataset.json has no label for B_3.png"),
+        ({"dataset__json": '{"labels": null}'}, {}, "dataset.json says that there are no labels"),
         ({"dataset__json": '{"labels": [], "class_names": 3}'}, {}, "class_names is no list of texts"),
         ({"dataset__json": "{}", "labels__csv": ""}, {}, "holds both labels.csv and dataset.json"),
         ({}, {"label_from": "csv"}, "label_from is csv, but there is no labels.csv in"),
