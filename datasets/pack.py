@@ -5,12 +5,14 @@ Crop a set of images once, to the size that training asks for, and write a zip o
 
 SRC is anything that --data_dir takes. A zip holds PNG files, not compressed again, and dataset.json with the labels, as
 StyleGAN's data sets; an npy, which the loader maps instead of loading it, has OUT_labels.npy and OUT_class_names.npy
-beside it. Trained on with the same --image_size, a pack gives the pixels that SRC gives; for --random_crop pack larger.
+beside it. OUT.png shows the first images. Trained on with the same --image_size, a pack gives the pixels that SRC
+gives; for --random_crop pack larger.
 """
 
 import argparse
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -20,14 +22,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from guided_diffusion import checkpoint, config
+from guided_diffusion import checkpoint, config, pictures
 from guided_diffusion.arrays import GrowingNpy
 from guided_diffusion.decoding import MODES, UnreadableImage, check_background
 from guided_diffusion.image_datasets import ImageDataset
-from guided_diffusion.pictures import nearest_uint8
 from guided_diffusion.sources import open_source
 
 KINDS = (".zip", ".npy")
+SHOWN = 32  # images in the picture of a pack
 
 
 class Crops(Dataset):
@@ -44,7 +46,7 @@ class Crops(Dataset):
             x0, _ = self.dataset[index]
         except UnreadableImage as error:
             return str(error)
-        return nearest_uint8(th.from_numpy(x0[None]))[0].numpy()
+        return pictures.nearest_uint8(th.from_numpy(x0[None]))[0].numpy()
 
 
 def pack(source, out, image_size=64, image_channels=3, class_cond=True, label_from="auto", background="white",
@@ -67,12 +69,29 @@ def pack(source, out, image_size=64, image_channels=3, class_cond=True, label_fr
     )
     crops = DataLoader(Crops(dataset), batch_size=None, num_workers=num_workers, collate_fn=_unchanged)
     crops = _readable(tqdm(crops, desc="packed", unit="image", disable=not progress), skip_bad_images)
-    write = _write_zip if out.endswith(".zip") else _write_npy
-    kept = write(out, crops, held)
-    if not kept:
-        raise ValueError(f"none of the {len(dataset)} images of {source} can be read")
+    write, first = _write_zip if out.endswith(".zip") else _write_npy, []
+    kept = write(out, _remembered(crops, first), held)
+    labels = [_name(held, index) for index in kept[: len(first)]]
+    pictures.save_grid(f"{out[:-4]}.png", np.stack(first), 8, title=", ".join(dict.fromkeys(labels)))
     names = len(held.class_names or ()) or (len(np.unique(held.labels)) if class_cond else 0)
     return {"images": len(kept), "left out": len(dataset) - len(kept), "classes": names}
+
+
+def _remembered(crops, first):
+    """The same, the first of which are kept in a list; ValueError if there is none."""
+    for index, crop in crops:
+        if len(first) < SHOWN:
+            first.append(crop)
+        yield index, crop
+    if not first:
+        raise ValueError("none of the images can be read")
+
+
+def _name(source, index):
+    if source.labels is None:
+        return "first images"
+    names = dict(enumerate(source.class_names or ()))
+    return names.get(int(source.labels[index]), str(source.labels[index]))
 
 
 def _unchanged(crop):
@@ -87,7 +106,7 @@ def _readable(crops, skip_bad_images):
         elif not skip_bad_images:
             raise ValueError(f"{crop}; repair or remove it, or pass --skip_bad_images True to leave it out")
         else:
-            tqdm.write(f"left out: {crop}")
+            tqdm.write(f"left out: {crop}", file=sys.stderr)
 
 
 def _write_zip(out, crops, source):
@@ -116,11 +135,10 @@ def _write_npy(out, crops, source):
             array = array or GrowingNpy(file, crop.shape)
             array.add(crop[None])
             kept.append(index)
-        if array:
-            array.finish()
-        if array:  # before the array has its name: it is never there without them, nor with an older pack's
-            _write_beside(f"{stem}_labels.npy", None if source.labels is None else source.labels[kept])
-            _write_beside(f"{stem}_class_names.npy", np.array(source.class_names) if source.class_names else None)
+        array.finish()
+        # Before the array has its name: it is never there without them, nor with an older pack's.
+        _write_beside(f"{stem}_labels.npy", None if source.labels is None else source.labels[kept])
+        _write_beside(f"{stem}_class_names.npy", np.array(source.class_names) if source.class_names else None)
     return kept
 
 
