@@ -2,7 +2,8 @@
 The options of the programs, each written once (name, default, help), and the command line made from them.
 
 A program takes a few of the groups below: `args = parse("...", TrainOptions, ModelOptions, DiffusionOptions)`.
-A new option of a network or a trainer is one more field here. To be imported, the standard library is enough.
+A new option of a network or a trainer is one more field here. To be imported, the standard library is enough
+(`presets` needs no more).
 """
 
 import argparse
@@ -13,6 +14,8 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+
+from . import presets
 
 
 def option(default, help, choices=None):
@@ -81,6 +84,7 @@ class ModelOptions(_Network, _ImageSize):
         ("adm", "film"),
     )
     vector_channels: int = option(0, "width of the vector, as an embedded text, that the network takes; 0: none")
+    conv_resample: bool = option(True, "without --resblock_updown, resample by convolutions, not by means and copies")
 
 
 @dataclass
@@ -89,6 +93,7 @@ class SuperResOptions(_Network):
 
     large_size: int = option(256, "height and width of the images that are made, in pixels")
     small_size: int = option(64, "height and width of the images that are enlarged, in pixels")
+    conv_resample: bool = changed(ModelOptions, "conv_resample", True)
 
 
 @dataclass
@@ -167,8 +172,25 @@ class RunOptions:
     """run"""
 
     seed: int = option(0, "seed of everything random: the same seed and options give the same run")
+    preset: str = option(
+        "",
+        "take the flags of a published model, but for those typed: of its network and its process; in sampling also its"
+        " files, which are downloaded once, its steps and its scale of guidance",
+        tuple(presets.PRESETS),
+    )
     device: str = option("", "cpu, cuda, cuda:1, mps...; empty: a GPU if there is one")
+    precision: str = option(
+        "",
+        "arithmetic in the bodies of the networks; their norms, embeddings, softmaxes and ends, and all checkpoints,"
+        " are fp32 always; empty: as --use_fp16 and --classifier_use_fp16 say",
+        ("", "fp32", "bf16", "fp16"),
+    )
     log_dir: str = option("", "folder for everything written; empty: $OPENAI_LOGDIR, else a new temporary folder")
+    log_formats: str = option(
+        "",
+        "where the log goes: stdout, log, csv, json, jsonl, tensorboard, wandb, with commas between; empty:"
+        " $OPENAI_LOG_FORMAT, else stdout,log,csv",
+    )
 
 
 @dataclass
@@ -198,7 +220,7 @@ class _Training:
     resume: str = option(
         "auto",
         "auto: the same command goes on from the newest whole checkpoint in --log_dir; never: start anew, in a folder"
-        " without checkpoints",
+        " without a run",
         ("auto", "never"),
     )
     force: bool = option(False, "go on from checkpoints though the seed or the data are not those they were made with")
@@ -264,6 +286,25 @@ class TrainOptions(_Training):
         True, "limit the decay to (1 + step) / (10 + step), so that averages forget the random start"
     )
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the loss scale after each good update in fp16")
+
+
+@dataclass
+class WatchOptions:
+    """watching"""
+
+    sample_interval: int = option(
+        0, "updates between two pictures of samples, drawn with the first of the averaged weights; 0: none"
+    )
+    eval_every: int = option(
+        0,
+        "updates between two Frechet distances of such samples to the held-out images, or else the training images, in"
+        " the log as fid; 0: none",
+    )
+    eval_samples: int = option(500, "samples, and at most as many images of the data, for --eval_every")
+    eval_extractor: str = option(
+        "inception", "whose features --eval_every compares: inception, or the checkpoint of a classifier of such images"
+    )
+    sample_steps: int = option(50, "steps of DDIM for these samples")
 
 
 @dataclass
@@ -526,9 +567,19 @@ class PosthocOptions:
 
 
 @dataclass
+class ConvertOptions:
+    """conversion"""
+
+    preset: str = changed(
+        RunOptions, "preset", "", "the source is the published model of that name, whatever its file is called"
+    )
+
+
+@dataclass
 class DoctorOptions:
     """doctor"""
 
+    kind: str = option("diffusion", "kind of the network to look at", ("diffusion", "classifier"))
     write: bool = option(False, "remember the microbatch that fits in doctor.json in --log_dir, for training there")
 
 
@@ -636,9 +687,14 @@ def parse(description, *groups, argv=None, positional=None):
     if unknown:
         word = unknown[0].split("=")[0]
         parser.error(f"unknown flag {word}{nearest(word, [f'--{name}' for name in known])}")
-    values = {name: field.default for name, field in known.items()} | vars(typed)
+    values = {name: field.default for name, field in known.items()} | from_preset(vars(typed), known) | vars(typed)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return argparse.Namespace(**values, explicit=set(vars(typed)) - set(positional))
+
+
+def from_preset(typed, known):
+    """{name: value} that the --preset among the typed flags gives a program of these flags; {} without one."""
+    return presets.typed_for(typed["preset"], known) if typed.get("preset") else {}
 
 
 def nearest(word, names):
@@ -653,8 +709,9 @@ def flags_of(args, *groups):
 
 
 def explicit_flags(args):
-    """{name: value} of the options that were typed."""
-    return {name: getattr(args, name) for name in args.explicit}
+    """{name: value} of the options that were typed, and the steps to sample in that --preset has."""
+    steps = {"timestep_respacing"} & from_preset(vars(args), vars(args)).keys()
+    return {name: getattr(args, name) for name in args.explicit | steps}
 
 
 def describe(args):
@@ -742,6 +799,31 @@ def levels(channel_mult, image_size, super_res=False, film=False):
 def side_of(flags):
     """Height and width in pixels of the images that a network of these flags makes or reads."""
     return flags["large_size"] if "large_size" in flags else flags["image_size"]
+
+
+def check_watching(args):
+    """Raise ValueError if WatchOptions are out of range, or cannot be had with the other options."""
+    for name, least in (("sample_interval", 0), ("eval_every", 0), ("eval_samples", 2), ("sample_steps", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+    if args.sharding != "none" and (args.sample_interval or args.eval_every):
+        raise ValueError("--sample_interval and --eval_every draw with a whole network: not with --sharding fsdp")
+
+
+def precision_of(precision, use_fp16, name="use_fp16"):
+    """
+    fp32, bf16 or fp16, as --precision says or, where that is empty, the flag `name` of a network.
+
+    :raises ValueError: if --precision fp32 or bf16 contradicts the flag.
+    """
+    if precision and use_fp16 and precision != "fp16":
+        raise ValueError(f"--precision {precision} and --{name} True are two precisions: drop --{name}")
+    return precision or ("fp16" if use_fp16 else "fp32")
+
+
+def log_formats(args, main):
+    """The names of log writers that --log_formats asks for on the main process, or None for the usual ones."""
+    return args.log_formats.split(",") if args.log_formats and main else None
 
 
 def check_counts(args):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from .archives import Encoded
 from .decoding import BACKGROUND, MODES, UnreadableImage, check_background, decode
 from .labels import warn_of_gaps
+from .signals import heed_parent_alone
 from .sources import list_image_files as _list_image_files_recursively  # the original's name  # noqa: F401
 from .sources import open_source
 
@@ -86,6 +87,7 @@ def load_data(
         batch_size=None,  # a key of the sampler is a whole batch
         sampler=itertools.islice(keys, batches_per_epoch if once else None),
         num_workers=num_workers,
+        worker_init_fn=heed_parent_alone,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
     return ImageBatches(loader, source, batches_per_epoch, source.fingerprint())
@@ -95,9 +97,10 @@ def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
     """Full batches that every rank has in an epoch; all ranks drop the same tail, so that their epochs end together."""
     images_per_rank = num_images // num_ranks
     if not 1 <= batch_size <= images_per_rank:
+        remedy = f"pass a batch_size from 1 to {images_per_rank}" if images_per_rank else "use fewer processes"
         raise ValueError(
             f"{data_dir} holds {num_images} images, {images_per_rank} for each of {num_ranks} rank(s), which makes no "
-            f"batch of {batch_size}: pass a batch_size from 1 to {max(images_per_rank, 1)}, or add images"
+            f"batch of {batch_size}: {remedy}, or add images"
         )
     return images_per_rank // batch_size
 

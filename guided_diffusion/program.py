@@ -9,9 +9,12 @@ from functools import partial
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, health, logger, memory, runs, text
+from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
+from .fp16_util import PRECISIONS
 from .generate import planned, sample_stream, save_class_grid, save_frames
+from .identify import identify
 from .image_datasets import load_data
+from .pace import convolution_rate
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
 
@@ -27,6 +30,9 @@ def start(args, *settled_later):
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)
+    for name in vars(args).keys() & {"model_path", "classifier_path", "guide_path", "resume_checkpoint"}:
+        found = [published.locate(path) for path in getattr(args, name).split(",")]
+        setattr(args, name, ",".join(found))
     wanted = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or logger.default_dir()
     folder = dist_util.gather_objects(wanted)[0]
     checkpoint.check_writable(folder)
@@ -36,22 +42,25 @@ def start(args, *settled_later):
         checkpoint.check_writable(folder)
         taken = dist_util.from_main(runs.take_up, log_dir, folder, args.resume, args.resume_checkpoint)
         args.resume_checkpoint, said = taken
-        logger.configure(dir=log_dir)
+        logger.configure(dir=log_dir, format_strs=config.log_formats(args, dist_util.is_main()))
     else:
-        logger.configure(dir=folder)
+        logger.configure(dir=folder, format_strs=config.log_formats(args, dist_util.is_main()))
     for line in said:
         logger.warn(line)
     th.manual_seed(args.seed)  # of the weights that training starts from; all else has generators of its own
     later = config.options(*settled_later).keys() - args.explicit
     shown = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in later})
     logger.log("options (* typed):\n" + config.describe(shown))
+    for name, usual in config.from_preset(vars(args), vars(args)).items():
+        if name in args.explicit and getattr(args, name) != usual:
+            logger.log(f"--{name} {getattr(args, name)}, as typed, instead of the {usual} of --preset {args.preset}")
     return dist_util.dev(), folder
 
 
 def network_flags(args, folder, kind, *groups):
     """
-    The options of a network to train: as typed, else from the config.json beside the checkpoint to go on from, else
-    default.
+    The options of a network to train: as typed, else from the config.json beside the checkpoint to go on from, or what
+    `identify` finds where there is none, else default.
 
     :param kind: of network, as in config.json.
     :raises ValueError: if the checkpoint is of another kind; if the run goes on in its own folder and typed options
@@ -60,7 +69,12 @@ def network_flags(args, folder, kind, *groups):
     flags, path = config.flags_of(args, *groups), args.resume_checkpoint
     if not path:
         return flags
-    content = checkpoint.read_config(path) or {"kind": kind, "flags": {}}
+    content = checkpoint.read_config(path)
+    if content is None:
+        state = checkpoint.load(path, map_location="meta")
+        found = identify(path, kind, state, config.explicit_flags(args), args.preset)
+        precision = {name: flags[name] for name in flags if name.endswith("use_fp16")}  # of a run, not of a file
+        return flags | found | precision
     if content["kind"] != kind:
         raise ValueError(f"{path} holds a {content['kind']} network, not a {kind} one: choose another --log_dir")
     known = content["flags"]
@@ -196,6 +210,19 @@ def open_images(args, flags, labelled):
     return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
 
 
+def precision_of(args, flags, name):
+    """The precision of a network to train, by --precision or its flag `name`; said if it is slow here."""
+    precision = config.precision_of(args.precision, flags[name], name)
+    if precision != "fp32":
+        rate = {each: convolution_rate(PRECISIONS[each], dist_util.dev()) for each in ("fp32", precision)}
+        if rate[precision] < 0.8 * rate["fp32"]:
+            logger.warn(
+                f"{precision} is {rate['fp32'] / rate[precision]:.1f} times slower than fp32 on this device, by its"
+                " convolutions: fp32 will do better, unless memory counts most"
+            )
+    return precision
+
+
 def dropping(flags):
     """What training does with the conditions of a network of these flags: `Trainer`'s drop, or None."""
     null = config.nulls(flags)
@@ -243,7 +270,8 @@ def run(main):
         if code:
             sys.exit(code)
 
-    config.run_program(leave_together)
+    with dist_util.leaving():
+        config.run_program(leave_together)
 
 
 def guide_of(args, flags, diffusion):

@@ -5,10 +5,12 @@ import inspect
 
 import torch
 
-from . import checkpoint, config
+from . import checkpoint, config, published, recognition, saves
 from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
 from .film_unet import Unet as FilmUnet
+from .fp16_util import PRECISIONS
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .identify import identify
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import unknown
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -28,6 +30,7 @@ __all__ = [
     "model_and_diffusion_defaults",
     "open_classifier",
     "open_diffusion",
+    "open_super_res",
     "sr_create_model",
     "sr_create_model_and_diffusion",
     "sr_model_and_diffusion_defaults",
@@ -108,7 +111,7 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
                  use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1,
                  num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False,
                  use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0,
-                 network="adm", vector_channels=0):
+                 network="adm", vector_channels=0, conv_resample=True):
     """
     The UNetModel, or for network "film" the film_unet.Unet, that the options of the same names describe (see
     config.ModelOptions).
@@ -129,7 +132,7 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
 def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
                     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm,
                     dropout, resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False,
-                    image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0):
+                    image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0, conv_resample=True):
     """The SuperResModel for images of large_size; as the network takes any low_res, small_size changes nothing."""
     flags = dict(locals())
     del flags["small_size"]
@@ -317,6 +320,12 @@ def create_classifier_and_diffusion(flags):
     return _call(create_classifier, flags), _process(flags)
 
 
+def build(kind, flags):
+    """The network of a kind, as config.json names it, from {name: value} of all its options."""
+    create = {"diffusion": create_model, "super_res": sr_create_model, "classifier": create_classifier}[kind]
+    return _call(create, flags)
+
+
 # ----------------------------------------------------------------------------------------------- a checkpoint's path
 
 
@@ -324,70 +333,45 @@ def open_diffusion(path, explicit_flags=None, device="cpu"):
     """
     The diffusion model of a checkpoint and its process.
 
-    :param path: modelNNNNNN.pt or ema_*.pt; config.json beside it tells the options.
-    :param explicit_flags: {name: value} that win over config.json, which wins over the defaults; names that are no
-        options of the model or the process are passed over.
+    :param path: a file, as modelNNNNNN.pt or ema_*.pt or NAME.safetensors, or the name of a published model, which is
+        downloaded once (see `published`). Who tells its options: see `identify`.
+    :param explicit_flags: {name: value} that win; `preset` names one whose flags come next; names that are no options
+        of the model or the process are passed over.
     :param device: where the network shall live. On a CPU it is float32 unless use_fp16 is explicit.
     :return: (network in evaluation mode, SpacedDiffusion, {name: value} of every option of both).
-    :raises ValueError: if the file, its config.json, the explicit flags and the weights do not agree.
+    :raises ValueError: if the file, its config.json, the flags and the weights do not agree, or leave options open.
     """
-    options = model_and_diffusion_defaults()
-    network, flags = _open(path, "diffusion", create_model, options, "use_fp16", explicit_flags or {}, device)
+    network, flags = _open(path, "diffusion", "use_fp16", explicit_flags or {}, device)
     return network, _process(flags), flags
 
 
 def open_super_res(path, explicit_flags=None, device="cpu"):
-    """The super-resolution model of a checkpoint and its process, and their options; all as open_diffusion."""
-    options = sr_model_and_diffusion_defaults()
-    network, flags = _open(path, "super_res", sr_create_model, options, "use_fp16", explicit_flags or {}, device)
+    """The super-resolution model of a checkpoint and its process: all as open_diffusion."""
+    network, flags = _open(path, "super_res", "use_fp16", explicit_flags or {}, device)
     return network, _process(flags), flags
 
 
 def open_classifier(path, explicit_flags=None, device="cpu"):
     """
     The classifier of a checkpoint: (network in evaluation mode, {name: value}); all as open_diffusion. The flags of
-    the process it was trained on are among those returned as far as config.json or explicit_flags tell them.
+    the process it was trained on are among those returned as far as somebody tells them.
     """
-    options = classifier_defaults()
-    return _open(path, "classifier", create_classifier, options, "classifier_use_fp16", explicit_flags or {}, device)
+    return _open(path, "classifier", "classifier_use_fp16", explicit_flags or {}, device)
 
 
-def _open(path, kind, create, options, fp16, explicit_flags, device):
-    known = options | diffusion_defaults()
-    explicit = {name: value for name, value in explicit_flags.items() if name in known}
-    state = checkpoint.load(path)
-    told = _flags_of_config(path, kind, known)
-    flags = options | told | explicit
-    if torch.device(device).type == "cpu" and fp16 not in explicit:
+def _open(path, kind, fp16, explicit, device):
+    path = published.locate(path)
+    saves.check_file(path)
+    place = torch.device(device).type
+    state = checkpoint.load(path, "meta" if place == "meta" else "cpu")
+    flags = identify(path, kind, state, explicit, explicit.get("preset", ""))
+    if place == "cpu" and fp16 not in explicit:
         flags[fp16] = False
-    _check_agreement(path, kind, state, flags, explicit, told)
-    network = _call(create, flags)
-    checkpoint.load_weights(network, state, path=path, flags=flags)
+    precision = config.precision_of(explicit.get("precision", ""), flags[fp16], fp16)
+    with torch.device("meta"):  # nothing is drawn that the file is to replace
+        network = build(kind, flags)
+    recognition.load_weights(network, state, path=path, flags=flags)
     network.to(device)
-    if flags[fp16]:
-        network.convert_to_fp16()
+    if precision != "fp32":
+        network.convert_to(PRECISIONS[precision])
     return network.eval(), flags
-
-
-def _flags_of_config(path, kind, known):
-    content = checkpoint.read_config(path) or {"kind": kind, "flags": {}}
-    where = f"{checkpoint.CONFIG_NAME} beside {path}"
-    if content["kind"] != kind:
-        raise ValueError(f"{where} describes a {content['kind']} network, but a {kind} one is needed")
-    for name, value in content["flags"].items():
-        if name not in known:
-            raise ValueError(f"{where} has an unknown option {name}{config.nearest(name, known)}")
-        kinds = (int, float) if type(known[name]) is float else (type(known[name]),)
-        if type(value) not in kinds:
-            raise ValueError(f"{where}: {name} must be {kinds[-1].__name__}, not {value!r}")
-    return content["flags"]
-
-
-def _check_agreement(path, kind, state, flags, explicit, told):
-    inferred = checkpoint.infer_flags(state, config.side_of(flags), flags["image_channels"], path)
-    if inferred["kind"] != kind:
-        raise ValueError(f"{path} holds a {inferred['kind']} network, but a {kind} one is needed")
-    for name, truth in checkpoint.misfits(flags, inferred).items():
-        where = f"--{name}" if name in explicit else f"{checkpoint.CONFIG_NAME} beside {path} with {name}"
-        if name in explicit or name in told:
-            raise ValueError(f"{where} {flags[name]} contradicts the weights of {path}, which say {name} {truth}")

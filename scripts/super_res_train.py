@@ -23,7 +23,7 @@ def main():
         val_data=program.open_validation_data(args, flags, flags["class_cond"], data.class_names),
         averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
         lr_anneal_steps=args.lr_anneal_steps,
-        use_fp16=flags["use_fp16"],
+        precision=program.precision_of(args, flags, "use_fp16"),
         fp16_scale_growth=args.fp16_scale_growth,
         drop=program.dropping(flags),
         **program.loop_options(args, flags),

@@ -23,6 +23,7 @@ from guided_diffusion.config import (
     SuperResSampleOptions,
     SuperResTrainOptions,
     TrainOptions,
+    WatchOptions,
 )
 
 # The original's flags, as its parsers printed them.
@@ -60,7 +61,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 
 # What its users missed.
 PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
-RUN = {"seed": 0, "device": "", "log_dir": ""}
+RUN = {"seed": 0, "device": "", "precision": "", "log_dir": "", "log_formats": "", "preset": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
@@ -73,7 +74,7 @@ MORE_AVERAGES = {
     "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",
     "eval_interval": 100,
 }
-DROPOUT = {"class_dropout": 0.0}
+DROPOUT = {"class_dropout": 0.0, "conv_resample": True}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
     "classes": "", "save_as": "npz", "grid": True, "frames": 0, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
@@ -86,15 +87,18 @@ MORE_STEERING = {
     "classifier_every": 1, "guidance_at": "x_t",
 }
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
+WATCH = {
+    "sample_interval": 0, "eval_every": 0, "eval_samples": 500, "eval_extractor": "inception", "sample_steps": 50,
+}
 MORE_SUPER_RES = {"channel_mult": "", "use_new_attention_order": False}
 ENLARGING = {name: value for name, value in MORE_SAMPLING.items() if name not in ("prompts", "prompt_vectors")}
 
 PROGRAMS = {
     "image_train": (
-        (TrainOptions, ModelOptions, DiffusionOptions, RunOptions),
+        (TrainOptions, WatchOptions, ModelOptions, DiffusionOptions, RunOptions),
         TRAIN | MODEL | DIFFUSION,
         35,
-        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | MORE_AVERAGES,
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | MORE_AVERAGES | WATCH,
     ),
     "image_sample": (
         (SampleOptions, ModelOptions, DiffusionOptions, RunOptions),

@@ -20,6 +20,7 @@ TINY = [
     (r"_?00(\d)000\.pt", lambda m: m[0].replace(f"00{m[1]}000", f"00000{m[1]}")),
     (r"--num_samples 100\b", "--num_samples 6"),
     (r"samples_500x", "samples_20x"),
+    (r"samples_100x", "samples_6x"),
     (r"--batch_size \d+", "--batch_size 4"),
     (r"--timestep_respacing (ddim)?\d+", r"--timestep_respacing \g<1>5"),
     (r"(datasets/mnist.py .*)", r"\1 --source tiny_mnist.npz"),
@@ -131,6 +132,33 @@ def test_every_command_of_the_page_on_guidance(clone):
         assert (clone / "runs" / name / "samples_6x8x8x1.npz").exists()
 
 
+def test_every_command_of_the_page_on_checkpoints(tmp_path):
+    for name in ("scripts", "datasets"):
+        os.symlink(ROOT / name, tmp_path / name)
+    page = ROOT / "docs" / "checkpoints.md"
+    ran = [shell(tiny(command), tmp_path) for command in commands(page)]
+    assert len(ran) == 8 and "read off its tensors: " in ran[3]
+    assert (tmp_path / "runs/known_samples/samples_6x8x8x1.npz").exists()
+    assert (tmp_path / "runs/back/config.json").exists() and (tmp_path / "runs/known_diffusers/unet").is_dir()
+    with pytest.raises(AssertionError) as error:
+        shell("python scripts/image_sample.py --model_path runs/unknown/x.pt --log_dir runs/none", tmp_path)
+    quoted = " ".join(line[2:] for line in page.read_text().splitlines() if line.startswith("> "))
+    assert quoted in str(error.value)
+
+
+def test_the_table_of_published_models_is_that_of_the_presets():
+    from guided_diffusion.presets import PRESETS
+
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    rows = re.findall(r"^\| ([\w-]+) \| (\w+\.pt) \| (.*?) ?\| (.*) \|$", page, re.MULTILINE)
+    told = {name: (file, scale, *rest.split(" | ")) for name, file, scale, rest in rows}
+    scored = {name: preset for name, preset in PRESETS.items() if preset.fid}
+    assert told == {
+        name: (p.file, str(p.scale or ""), p.steps, f"{p.fid:.2f}", f"{p.precision:.2f}", f"{p.recall:.2f}")
+        for name, p in scored.items()
+    }
+
+
 def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     for name in ("scripts", "datasets"):
         os.symlink(ROOT / name, tmp_path / name)
@@ -166,13 +194,21 @@ def test_the_page_on_own_images_says_what_was_measured():
     assert measured[2]["times_jpeg"] >= 10
 
 
+def test_every_command_of_the_page_on_super_resolution(clone):
+    for command in commands(ROOT / "docs" / "super_resolution.md"):
+        shell(tiny(command), clone)
+    for name in ("enlarged", "cascade"):
+        assert {"samples_6x8x8x1.npz", "enlarged.png"} <= set(os.listdir(clone / "runs" / name))
+    assert (clone / "runs/bits_nll/nll.png").exists()
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_in_the_docs_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(path, "python")
     if found:
         exec(compile("\n".join(found), str(path), "exec"), {"__name__": "docs"})
-    assert found or path.name in ("training.md", "differences.md")
+    assert found or path.name in ("training.md", "differences.md", "super_resolution.md")
 
 
 def test_links_lead_somewhere():
@@ -198,8 +234,9 @@ def test_every_flag_that_the_docs_name_exists():
     known = {field.name for group in vars(config).values() if dataclasses.is_dataclass(group)
              for field in dataclasses.fields(group)}  # fmt: skip
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
-               "source", "fashion", "hundred", "png", "map", "checksum", "prefix", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
-               "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo"}  # fmt: skip
+               "source", "fashion", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
+               "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo", "signals",
+               "hundred", "png", "map", "checksum", "prefix"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -1,5 +1,6 @@
 """Downloads from a server of this test, whole, broken off and false; and the MNIST program that lives on them."""
 
+import base64
 import gzip
 import hashlib
 import http.server
@@ -40,6 +41,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
+        for name, value in served.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content[start:][: served.limit])
 
@@ -51,6 +54,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as served:
         served.files, served.asked, served.limit, served.resumes = {"/a.bin": CONTENT}, [], None, True
+        served.headers = {}
         served.url = f"http://127.0.0.1:{served.server_port}"
         threading.Thread(target=served.serve_forever, daemon=True).start()
         yield served
@@ -116,6 +120,32 @@ def test_what_is_not_there_is_said_with_its_address_and_leaves_nothing(server, t
     with pytest.raises(OSError, match=r"cannot fetch http://127.0.0.1.*/a.bin: HTTP Error 404.*save it as .*a.bin"):
         fetch(server, tmp_path)
     assert list((tmp_path / "b").iterdir()) == [] and len(server.asked) == 1
+
+
+def test_a_content_of_another_size_is_not_kept(server, tmp_path):
+    def fetch(size):
+        return download.fetch(f"{server.url}/a.bin", tmp_path / "a.bin", progress=False, size=size)
+
+    for size in ((300_001, 400_000), (1, 299_999)):
+        with pytest.raises(ValueError, match=rf"a.bin.part has 300000 bytes, not from {size[0]} to {size[1]}: it came"):
+            fetch(size)
+        assert list(tmp_path.iterdir()) == []
+    assert fetch((300_000, 300_000)).read_bytes() == CONTENT
+    with pytest.raises(ValueError, match=r"a.bin has 300000 bytes, not from 1 to 2: delete it, and it is fetched"):
+        fetch((1, 2))
+
+
+@pytest.mark.parametrize("name", ["Content-MD5", "x-ms-blob-content-md5"])
+def test_a_checksum_that_the_server_tells_is_obeyed(server, tmp_path, name):
+    server.headers = {name: base64.b64encode(hashlib.md5(CONTENT).digest()).decode()}
+    path = tmp_path / "a.bin"
+    assert download.fetch(f"{server.url}/a.bin", path, progress=False).read_bytes() == CONTENT
+    path.unlink()
+    server.files["/a.bin"] = CONTENT[::-1]
+    with pytest.raises(ValueError, match=r"a.bin.part has md5 .*: it came from .* and is deleted"):
+        download.fetch(f"{server.url}/a.bin", path, progress=False)
+    server.headers = {name: "no checksum"}
+    assert download.fetch(f"{server.url}/a.bin", path, progress=False).read_bytes() == CONTENT[::-1]
 
 
 # -------------------------------------------------------------------------------------------------------------- MNIST

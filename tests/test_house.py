@@ -25,18 +25,21 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays decoding byte_formats labels",
+    "toy_models arrays presets tensor_files signals pace decoding byte_formats labels",
     "archives",
     "sources",
     "config pictures image_datasets download text",
     "diffunet super_res",
-    "checkpoint",
-    "dist_util",
+    "checkpoint recognition",
+    "published dist_util",
     "sharding",
     "logger saves ema health memory",
     "fp16_util generate tally tasks runs sample_store",
-    "train_util script_util",
-    "program study",
+    "identify",
+    "train_util script_util watch",
+    "diffusers_format",
+    "convert",
+    "program study rehearsal",
     "doctor",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library

@@ -1,0 +1,29 @@
+"""
+Write a checkpoint in another form: NAME.pt with config.json, NAME.safetensors with the config inside, or a folder that
+Hugging Face diffusers reads.
+"""
+
+from guided_diffusion import config, convert, program
+from guided_diffusion.config import (
+    ClassifierOptions,
+    ConvertOptions,
+    DiffusionOptions,
+    ModelOptions,
+    SuperResOptions,
+)
+
+
+def main():
+    names = {
+        "source": "checkpoint, name of a published model, or folder of diffusers",
+        "target": "NAME.pt, NAME.safetensors, or another name for a new folder of diffusers",
+    }
+    groups = ConvertOptions, ModelOptions, SuperResOptions, ClassifierOptions, DiffusionOptions
+    args = config.parse(__doc__, *groups, positional=names)
+    program.alone()
+    model = convert.convert(args.source, args.target, config.explicit_flags(args))
+    print(f"{args.target}: a {model.kind} network of {sum(t.numel() for t in model.state.values()):,} numbers")
+
+
+if __name__ == "__main__":
+    program.run(main)
