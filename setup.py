@@ -26,5 +26,5 @@ setup(
         "Pillow>=9.1",
         "matplotlib>=3.7",
     ],
-    extras_require={"mpi": MPI, "eval": EVAL, "demo": ["scikit-learn>=1.3"], "dev": DEV},
+    extras_require={"mpi": MPI, "eval": EVAL, "demo": ["scikit-learn>=1.3"], "lmdb": ["lmdb>=1.4"], "dev": DEV},
 )

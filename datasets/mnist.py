@@ -10,8 +10,6 @@ Sources: LeCun, Bottou, Bengio and Haffner, Proc. IEEE 86, 1998; Xiao, Rasul and
 """
 
 import argparse
-import gzip
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 
 from guided_diffusion import arrays as plain
 from guided_diffusion import checkpoint, config
+from guided_diffusion.byte_formats import read_idx
 from guided_diffusion.download import fetch
 
 FILES = {
@@ -101,27 +100,6 @@ def read_folder(folder):
             raise FileNotFoundError(f"no {name} and no {name}.gz in {folder}")
         found[key] = read_idx(path)
     return found
-
-
-def read_idx(path):
-    """
-    An idx file of bytes, packed by gzip if so named: uint8 of the shape that it states.
-
-    The format: two zeros, 8 for bytes, the number of axes, each axis as 4 bytes (big end first), then the values.
-    """
-    try:
-        content = path.read_bytes()
-        data = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged or not whole: {error}") from error
-    axes = data[3] if len(data) > 3 else 0
-    if data[:3] != b"\0\0\x08" or not axes or len(data) < 4 + 4 * axes:
-        raise ValueError(f"{path} is no idx file of bytes: it begins with {data[:4].hex(' ')}, not with 00 00 08")
-    shape = tuple(np.frombuffer(data, ">u4", axes, 4).tolist())
-    values = len(data) - 4 - 4 * axes
-    if values != np.prod(shape, dtype=object):
-        raise ValueError(f"{path} is not whole: {values} values for the shape {list(shape)}")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
 def read_npz(path):

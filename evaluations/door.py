@@ -36,23 +36,23 @@ def writing(path):
 
 def image_files(folder):
     """Paths of the pictures in a folder, in depth, in the order of their names."""
-    from guided_diffusion.image_datasets import _list_image_files_recursively
+    from guided_diffusion.sources import list_image_files
 
-    return _list_image_files_recursively(str(folder))
+    return list_image_files(str(folder))
 
 
 def is_image_name(name):
     """Whether a file of this name counts as a picture."""
-    from guided_diffusion.image_datasets import EXTENSIONS
+    from guided_diffusion.decoding import is_picture
 
-    return "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS
+    return is_picture(name)
 
 
 def decode(source, mode, file=None):
     """A picture as PIL image of that mode; file: an open file to read in place of the path `source`."""
-    from guided_diffusion.image_datasets import _decode
+    from guided_diffusion.decoding import decode
 
-    return _decode(source, mode, file)
+    return decode(source, mode, file)
 
 
 def center_crop(image, size):

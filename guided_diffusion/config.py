@@ -256,9 +256,13 @@ class _Training:
     skip_bad_images: bool = option(False, "pass over images that cannot be read, and count them, instead of stopping")
     label_from: str = option(
         "auto",
-        "where a file's class is written: in the start of its name up to the first _ (prefix), in its sub-folder, or"
-        " auto: by prefix if the names allow it, else by folder",
-        ("auto", "prefix", "folder"),
+        "where a picture's class is written: in the start of its name up to the first _ (prefix), in its sub-folder, in"
+        " labels.csv, in dataset.json, or auto: in one of those files if there, else by prefix if the names allow it,"
+        " else by folder",
+        ("auto", "prefix", "folder", "csv", "json"),
+    )
+    background: str = option(
+        "white", "colour behind transparent pixels, as black or #ff8000; none: drop the alpha channel, whatever it hid"
     )
 
 
@@ -423,6 +427,7 @@ class SuperResSampleOptions(_Sampling):
         _Sampling, "classes", "", "labels or class names of the base samples in turn, as 3,7; empty: their own"
     )
     label_from: str = changed(_Training, "label_from", "auto")
+    background: str = changed(_Training, "background", "white")
     low_res_noise: float = changed(
         SuperResTrainOptions,
         "low_res_noise",
@@ -485,6 +490,7 @@ class _OfImages:
         _Training, "data_dir", "", "folder or file of images, best such as the model was not trained on"
     )
     label_from: str = changed(_Training, "label_from", "auto")
+    background: str = changed(_Training, "background", "white")
     classes: str = changed(
         SampleOptions, "classes", "", "labels or class names of the images in turn, as 3,7; empty: those of the data"
     )
@@ -552,6 +558,7 @@ class NLLOptions:
         _Training, "data_dir", "", "folder or file of images, best such as the model was not trained on"
     )
     label_from: str = changed(_Training, "label_from", "auto")
+    background: str = changed(_Training, "background", "white")
     clip_denoised: bool = changed(SampleOptions, "clip_denoised", True)
     num_samples: int = changed(
         SampleOptions, "num_samples", 1000, "images to score, each once; no more than there are"

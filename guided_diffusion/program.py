@@ -164,6 +164,7 @@ def open_data(args, flags, data_dir, **how):
         num_workers=args.num_workers,
         skip_bad_images=args.skip_bad_images,
         label_from=args.label_from,
+        background=args.background,
         seed=args.seed,
         rank=dist_util.rank(),
         num_ranks=dist_util.world_size(),
@@ -196,6 +197,7 @@ def open_images(args, flags, labelled):
         random_flip=False,
         num_workers=0,
         label_from=args.label_from,
+        background=args.background,
         seed=args.seed,
     )
     if not 1 <= args.num_images <= data.num_images:

@@ -1,7 +1,5 @@
 """The base samples that a super-resolution model enlarges: from an npz or a folder, in their order."""
 
-import os
-
 import numpy as np
 import torch.nn.functional as F
 
@@ -37,9 +35,10 @@ class BaseSamples:
         return x
 
 
-def read_base_samples(path, side, channels, labelled=False, class_names=None, label_from="auto", most=None, **noise):
+def read_base_samples(path, side, channels, labelled=False, class_names=None, label_from="auto", background="white",
+                      most=None, **noise):
     """
-    The BaseSamples of an npz file or a folder of images, in the order of the file or of the names.
+    The BaseSamples of an npz file, or of images from elsewhere (see `sources`), in the order of the file or the names.
 
     :param side, channels: of the small images that the model takes. Those of a folder are cropped and resized.
     :param labelled: whether a folder must tell labels; an npz's are read wherever it has them.
@@ -49,8 +48,9 @@ def read_base_samples(path, side, channels, labelled=False, class_names=None, la
     """
     if not path:
         raise ValueError("no base samples: give --base_samples, an npz of images to enlarge or a folder of them")
-    if os.path.isdir(path) or "://" in path:
-        return _of_folder(path, side, channels, labelled, class_names, label_from, most, **noise)
+    if not path.endswith(".npz"):
+        how = {"class_cond": labelled, "class_names": class_names, "label_from": label_from, "background": background}
+        return _of_pictures(path, side, channels, most, how, **noise)
     arrays = read_npz(path, ("arr_0", "arr_1", "class_names"))
     if "arr_0" not in arrays:
         raise ValueError(f"{path} has no array arr_0 (uint8 [N,h,w,C])")
@@ -66,23 +66,21 @@ def read_base_samples(path, side, channels, labelled=False, class_names=None, la
     return BaseSamples(images, labels, None if names is None else names.tolist(), **noise)
 
 
-def _of_folder(path, side, channels, labelled, class_names, label_from, most, **noise):
+def _of_pictures(path, side, channels, most, how, **noise):
     data = load_data(
         data_dir=path,
         batch_size=1,
         image_size=side,
         image_channels=channels,
-        class_cond=labelled,
-        class_names=class_names,
         deterministic=True,
         random_flip=False,
         num_workers=0,
-        label_from=label_from,
         once=True,
+        **how,
     )
     pairs = [next(data) for _ in range(min(most or data.num_images, data.num_images))]
     images = np.concatenate([pictures.nearest_uint8(x).numpy() for x, _ in pairs])
-    labels = np.concatenate([cond["y"].numpy() for _, cond in pairs]) if labelled else None
+    labels = np.concatenate([cond["y"].numpy() for _, cond in pairs]) if how["class_cond"] else None
     return BaseSamples(images, labels, data.class_names, **noise)
 
 

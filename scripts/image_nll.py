@@ -34,6 +34,7 @@ def main():
         random_flip=False,
         num_workers=args.num_workers,
         label_from=args.label_from,
+        background=args.background,
         seed=args.seed,
         rank=dist_util.rank(),
         num_ranks=dist_util.world_size(),

@@ -24,7 +24,7 @@ def main():
     names, conditional = program.class_names(args.model_path), flags["class_cond"]
     base = super_res.read_base_samples(
         args.base_samples, flags["small_size"], flags["image_channels"], conditional and not args.classes, names,
-        args.label_from, args.num_samples, noise_std=args.low_res_noise, seed=args.seed,
+        args.label_from, args.background, args.num_samples, noise_std=args.low_res_noise, seed=args.seed,
     )  # fmt: skip
     count = how_many(args, base)
     labels = labels_of(args, flags, base, names, count)

@@ -105,7 +105,7 @@ def test_vectors_that_do_not_fit(tmp_path, vectors, message):
 
 def test_sources_without_vectors(tmp_path):
     save(tmp_path / "data" / "a_0.png", lopsided(0))
-    with pytest.raises(ValueError, match=r"is a folder, and vectors .*datasets/captions\.py makes one"):
+    with pytest.raises(ValueError, match=r"is no npz, and vectors .*datasets/captions\.py makes it"):
         grey(tmp_path / "data", vector_channels=2, batch_size=1)
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((4, 4, 4, 1), np.uint8))
     with pytest.raises(ValueError, match="has no array vectors"):
@@ -326,7 +326,7 @@ def test_labels_and_texts_together_in_the_other_network(home, tmp_path):
 
 
 @pytest.mark.parametrize("words, pattern", [
-    (f"--vector_channels 16 {TRAIN} --data_dir {{home}}/data", "is a folder, and vectors"),
+    (f"--vector_channels 16 {TRAIN} --data_dir {{home}}/data", "is no npz, and vectors"),
     (f"--vector_channels 8 {TRAIN} --data_dir {{home}}/a.npz", r"vectors is float32 \[24, 8, 16\].* vector_channels 8"),
     (f"{TRAIN} --data_dir {{home}}/a.npz --vector_channels 0", "no vectors without --vector_channels"),
     (f"{TRAIN} --data_dir {{home}}/a.npz --channel_mult 1,2,2,2", "images of 8x8 cannot be halved 4 times"),

@@ -65,7 +65,8 @@ RUN = {"seed": 0, "device": "", "precision": "", "log_dir": "", "log_formats": "
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
-    "label_from": "auto", "resume": "auto", "force": False, "lr_schedule": "linear", "lr_warmup": 0, "keep_last": 0,
+    "label_from": "auto", "background": "white", "resume": "auto", "force": False, "lr_schedule": "linear",
+    "lr_warmup": 0, "keep_last": 0,
     "keep_every": 0, "keep_best": False, "background_save": True, "max_minutes": 0.0, "beta2": 0.999,
     "checkpoint_dir": "", "sharding": "none",
 }
@@ -128,14 +129,14 @@ PROGRAMS = {
         SAMPLE | {"base_samples": ""} | SUPER_RES | DIFFUSION,
         28,
         RUN | DATA | PROCESS | DROPOUT | ENLARGING | MORE_SUPER_RES
-        | {"repeat_base": False, "label_from": "auto", "low_res_noise": 0.0},
+        | {"repeat_base": False, "label_from": "auto", "background": "white", "low_res_noise": 0.0},
     ),
     "image_nll": (
         (NLLOptions, ModelOptions, DiffusionOptions, RunOptions),
         {"data_dir": "", "clip_denoised": True, "num_samples": 1000, "batch_size": 1, "model_path": ""}
         | MODEL | DIFFUSION,
         28,
-        RUN | DATA | PROCESS | MORE_MODEL | {"label_from": "auto", "num_workers": 1},
+        RUN | DATA | PROCESS | MORE_MODEL | {"label_from": "auto", "background": "white", "num_workers": 1},
     ),
 }
 EVERY_GROUP = {group for groups, *_ in PROGRAMS.values() for group in groups}

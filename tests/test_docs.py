@@ -1,5 +1,6 @@
 """README and docs say what runs: every command and every block of Python in them is run here, at tiny size."""
 
+import json
 import os
 import re
 import subprocess
@@ -195,6 +196,30 @@ def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     assert (tmp_path / "runs/latents/interpolation.png").exists() and list(tmp_path.glob("runs/decoded/samples_3x*"))
 
 
+def test_the_page_on_own_images_word_for_word(clone, monkeypatch):
+    page = ROOT / "docs" / "own_images.md"
+    monkeypatch.chdir(clone)
+    exec("\n".join(blocks(page, "python")), {"__name__": "docs"})
+    said = [shell(tiny(command), clone) for command in commands(page)]
+    assert len(said) == 5 and "61 images in data/pets, labels: sub-folder" in said[0]
+    assert json.loads((clone / "runs/pets/config.json").read_text())["class_names"] == ["cat", "dog", "eel"]
+    assert (clone / "runs/pets_samples/samples_12x16x16x3.png").exists()
+    assert "images 61, left out 0, classes 3" in said[2] and "images 61" in said[3]
+    assert "61 images in data/pets.npy, labels: pets_labels.npy" in said[4]
+    for name in ("model000002.pt", "progress.csv"):
+        assert (clone / "runs/pets_packed" / name).exists()
+    with np.load(clone / "runs/pets_samples/samples_12x16x16x3.npz") as drawn:
+        assert drawn["arr_1"].tolist() == [0, 1, 2] * 4
+
+
+def test_the_page_on_own_images_says_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "loader.json").read_text())["median"]
+    page = (ROOT / "docs" / "own_images.md").read_text()
+    for row, name in zip(measured, ("folder of JPEG files", "packed zip", "packed npy")):
+        assert f"| {name} | {row['images_per_s']:,.0f} | {row['times_jpeg']:.1f} |" in page
+    assert measured[2]["times_jpeg"] >= 10
+
+
 def test_every_command_of_the_page_on_super_resolution(clone):
     for command in commands(ROOT / "docs" / "super_resolution.md"):
         shell(tiny(command), clone)
@@ -237,10 +262,9 @@ def test_every_flag_that_the_docs_name_exists():
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
                "source", "fashion", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
                "signals", "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype",
-               "keep",
-               "reference", "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more",
-               "count", "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips",
-               "demo"}  # fmt: skip
+               "keep", "reference", "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more", "count",
+               "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo",
+               "hundred", "png", "map", "checksum", "prefix"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -25,7 +25,9 @@ MATHEMATICS = [
 ]
 NETWORKS = ["nn", "conditions", "unet film_unet"]
 MACHINERY = [
-    "toy_models arrays presets tensor_files signals pace",
+    "toy_models arrays presets tensor_files signals pace decoding byte_formats labels",
+    "archives",
+    "sources",
     "config pictures image_datasets download text",
     "diffunet super_res",
     "checkpoint recognition",
