@@ -140,16 +140,17 @@ class Task:
     def loss(self, net, x0, cond, t, noise):
         return {"loss": net(x0)}
 
-dist_util.setup_dist("cpu")
-logger.configure("log", format_strs=[])
-images = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32))  # of each process
-trainer = Trainer(Task(), None, batch_size=6, microbatch=3)
-trainer.forward_backward(images[dist_util.rank()], {})
-found = trainer.tally.means()
-small, big = images[:, :3].mean(1).square().sum(1).mean(), images.mean((0, 1)).square().sum()
-torch.testing.assert_close(found["grad_square"], ((12 * big - 3 * small) / (12 - 3)).item(), rtol=1e-5, atol=0)
-torch.testing.assert_close(found["grad_trace"], ((small - big) / (1 / 3 - 1 / 12)).item(), rtol=1e-5, atol=0)
-dist_util.finish()
+with dist_util.leaving():
+    dist_util.setup_dist("cpu")
+    logger.configure("log", format_strs=[])
+    images = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32))  # of each process
+    trainer = Trainer(Task(), None, batch_size=6, microbatch=3)
+    trainer.forward_backward(images[dist_util.rank()], {})
+    found = trainer.tally.means()
+    small, big = images[:, :3].mean(1).square().sum(1).mean(), images.mean((0, 1)).square().sum()
+    torch.testing.assert_close(found["grad_square"], ((12 * big - 3 * small) / (12 - 3)).item(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["grad_trace"], ((small - big) / (1 / 3 - 1 / 12)).item(), rtol=1e-5, atol=0)
+    dist_util.finish()
 """
 
 
