@@ -77,7 +77,7 @@ def compare(first, second, first_parts=None, second_parts=None, anyway=False):
     unlike, told = differences(first, second)
     if unlike and not anyway:
         raise ValueError(f"unlike protocols: {'; '.join(unlike)}; --anyway compares them all the same")
-    scores = {}
+    scores, counts = {}, [each.get("sample", {}).get("images") for each in (first, second)]
     for name in BETTER:
         if name not in first or name not in second:
             continue
@@ -90,7 +90,7 @@ def compare(first, second, first_parts=None, second_parts=None, anyway=False):
         scores[name] = {
             "first": first[name], "second": second[name], "difference": found.value,
             "standard_error": _or_none(found.standard_error), "interval": [_or_none(low), _or_none(high)],
-            "paired": found.paired, "better": {1: "first", -1: "second"}.get(sign),
+            "paired": found.paired and counts[0] == counts[1], "better": {1: "first", -1: "second"}.get(sign),
         }  # fmt: skip
     return {"unlike": unlike, "told": told, "scores": scores}
 
