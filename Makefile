@@ -1,6 +1,8 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both create .venv and use it.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes that take a file of tests at a time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo toy test test-all lint clean
 
@@ -17,10 +19,10 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,8 +2,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-DEV = ["pytest>=8", "ruff>=0.6", "scikit-learn>=1.3", "safetensors>=0.4", "diffusers>=0.30"]
-EVAL = ["torch-fidelity>=0.4"]
+DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "scikit-learn>=1.3", "tensorboard>=2.14", "safetensors>=0.4"]
+DEV += ["diffusers>=0.30"]
+EVAL = ["torch-fidelity>=0.4", "torchvision"]  # DINOv2 and CLIP features; pin torch beside it, or pip exchanges it
 MPI = ["mpi4py>=4", "mpich>=4"]
 
 setup(

@@ -52,7 +52,8 @@ def asked(args, encoder, texts, scale):
         return guidance.classifier_free(predict, null, scale, batched=True) if scale != 1 else predict
 
     vectors = th.from_numpy(text.encode(encoder, texts))
-    return {"diffusion": diffusion, "model": model, "shape": shape}, {"vectors": vectors, "guide": guide}
+    given = {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
+    return {"diffusion": diffusion, "model": model, "shape": shape}, {"given": given, "guide": guide}
 
 
 def score(judge, images, labels, reference):
@@ -97,7 +98,7 @@ def save_strips(args, encoder, captions, texts, scales):
     study.save_noising(folder / "noising.png", open_diffusion(args.model_path)[1], images)
     for scale in (min(scales), max(scales)):
         what, how = asked(args, encoder, texts, scale)
-        after, frames = study.reverse_process(**what, **how, count=len(texts))
+        after, frames = generate.reverse_process(**what, **how, count=len(texts))
         walks.append(np.stack(frames))                                                             # [S,5,H,W,C]
     frames = np.stack(walks, 2).reshape(len(after), -1, *walks[0].shape[2:])                       # [S,10,H,W,C]
     names = [f"{each}, scale {scale:g}" for each in texts for scale in (min(scales), max(scales))]

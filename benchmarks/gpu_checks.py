@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_checks.py
 
-Trains a small network on synthetic images in float32, in float16 (as --use_fp16) and, which is no option of the
-programs, under torch's autocast to bfloat16; then repeats steps of each, and of guided walks, with torch's error for
-whatever synchronizes host and device (torch.cuda.set_sync_debug_mode). Writes results/gpu_checks.json, and ends with
-exit code 1 if a check failed. On a CPU it runs too, and says of what it cannot check that it did not.
+Trains a small network on synthetic images in each precision that programs have; then repeats steps of each, and of
+guided walks, with torch's error for whatever synchronizes host and device (torch.cuda.set_sync_debug_mode). Writes
+results/gpu_checks.json, and ends with exit code 1 if a check failed. On a CPU it runs too, and says of what it cannot
+check that it did not.
 """
 
 import argparse
@@ -24,28 +24,13 @@ import torch as th
 
 from guided_diffusion import config, dist_util, ema, guidance, logger, sampling
 from guided_diffusion.config import ClassifierOptions, DiffusionOptions, ModelOptions
+from guided_diffusion.fp16_util import PRECISIONS
 from guided_diffusion.script_util import create_classifier_and_diffusion, create_model_and_diffusion
 from guided_diffusion.train_util import DiffusionTask, Trainer
 
 OUT = Path(__file__).parent / "results" / "gpu_checks.json"
 CLASSES = 4
 SAMPLERS = ["ddpm", "ddim", "heun", "dpmpp_2m"]
-
-
-class AutocastTask(DiffusionTask):
-    """Denoising whose network computes in bfloat16; weights, losses and the optimizer stay in float32."""
-
-    def loss(self, net, x0, cond, t, noise):
-        with th.autocast(x0.device.type, th.bfloat16):
-            terms = super().loss(net, x0, cond, t, noise)
-        return {name: value.float() for name, value in terms.items()}
-
-
-PRECISIONS = {  # task, use_fp16
-    "float32": (DiffusionTask, False),
-    "float16": (DiffusionTask, True),
-    "bfloat16 autocast": (AutocastTask, False),
-}
 
 
 def network_flags(args):
@@ -89,13 +74,12 @@ def no_waiting(device):
 
 def trained(args, device, precision):
     """Train from the same start in one precision: what was lost, how fast, how much memory, whether a step waited."""
-    task, use_fp16 = PRECISIONS[precision]
     th.manual_seed(0)
-    net, diffusion = create_model_and_diffusion(**network_flags(args) | {"use_fp16": use_fp16})
+    net, diffusion = create_model_and_diffusion(**network_flags(args))
     forget_peak_memory(device)
     data = waves(args.batch_size, args.image_size)
-    trainer = Trainer(task(net.to(device), diffusion), data, batch_size=args.batch_size, lr=1e-3, use_fp16=use_fp16,
-                      averages=ema.parse("0.99,0.999"), grad_clip=1.0)  # fmt: skip
+    trainer = Trainer(DiffusionTask(net.to(device), diffusion), data, batch_size=args.batch_size, lr=1e-3,
+                      precision=precision, averages=ema.parse("0.99,0.999"), grad_clip=1.0)  # fmt: skip
     rows, began = [], None
     for step in range(1, args.steps + 1):
         trainer.run_step(*next(data))
@@ -163,9 +147,9 @@ def problems(result):
         losses = [row["loss"] for row in told["losses"]]
         if not all(map(math.isfinite, losses)) or losses[-1] >= losses[0]:
             found.append(f"{precision}: the loss went from {losses[0]} to {losses[-1]}")
-        reference = result["training"]["float32"]["losses"][-1]["loss"]
+        reference = result["training"]["fp32"]["losses"][-1]["loss"]
         if not abs(losses[-1] - reference) < 0.1 * reference:
-            found.append(f"{precision}: the loss ended at {losses[-1]}, in float32 at {reference}")
+            found.append(f"{precision}: the loss ended at {losses[-1]}, in fp32 at {reference}")
     for name, told in {**result["training"], **result["walks"]}.items():
         if told["no_step_waits"] not in (True, None):
             found.append(f"{name}: a step waited for the device ({told['no_step_waits']})")

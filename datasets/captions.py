@@ -10,10 +10,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch as th
 
 from guided_diffusion import checkpoint, text
 from guided_diffusion.arrays import read_npz
 from guided_diffusion.image_datasets import ImageDataset, load_data
+from guided_diffusion.pictures import nearest_uint8
 
 WORDS = "zero one two three four five six seven eight nine".split()
 TEMPLATES = ("{class}", "a {class}", "a picture of a {class}", "one {class}")
@@ -43,7 +45,7 @@ def labelled(source, image_size, image_channels):
         deterministic=True, random_flip=False, num_workers=0,
     )  # fmt: skip
     items = [next(data) for _ in range(data.num_images)]
-    images = np.concatenate([_pixels(x0[0].numpy()) for x0, _ in items])
+    images = nearest_uint8(th.cat([x0 for x0, _ in items])).numpy()
     return images, np.concatenate([cond["y"].numpy() for _, cond in items]), data.class_names
 
 
@@ -68,12 +70,8 @@ def captioned(source, image_size, image_channels):
     if texts is None or texts.dtype.kind != "U" or texts.ndim not in (1, 2) or len(texts) != len(images):
         raise ValueError(f"{source}: texts must hold {len(images)} texts, one or as many for each image, [N] or [N,M]")
     dataset = ImageDataset(image_size, images, random_flip=False, image_channels=image_channels)
-    return np.concatenate([_pixels(dataset[i][0]) for i in range(len(dataset))]), texts.reshape(len(texts), -1)
-
-
-def _pixels(x0):
-    """float [C,S,S] in [-1,1] -> uint8 [1,S,S,C], the inverse of what the loader does."""
-    return np.rint((np.asarray(x0) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)[None]
+    x = th.from_numpy(np.stack([dataset[i][0] for i in range(len(dataset))]))     # [N,C,S,S]
+    return nearest_uint8(x).numpy(), texts.reshape(len(texts), -1)
 
 
 def vectors_of(texts, encoder, path):

@@ -1,221 +1,403 @@
-"""Scores of a set of images against a reference set, each an npz file: the program, and `evaluate` for other code.
+"""Scores of a set of images against a reference set: the program, and `evaluate` for other code.
 
-    python evaluations/evaluator.py REF.npz SAMPLE.npz [--extractor inception|CLASSIFIER.pt] [--out scores.json]
+    python evaluations/evaluator.py REF SAMPLE [--extractor inception|CLASSIFIER.pt|module:function] [--out scores.json]
 
-A file holds images `arr_0` (uint8 [N,H,W,C]), possibly labels `arr_1` [N], possibly Inception moments of a larger set:
-`mu, sigma` (pool) and `mu_s, sigma_s` (spatial). Stored moments stand in for those of arr_0 in FID and sFID; the
-other scores look at arr_0 always.
+REF and SAMPLE are npz files, folders or zips of pictures, or names of published files. An npz holds images `arr_0`
+(uint8 [N,H,W,C]), possibly labels `arr_1` [N], possibly Inception moments of a larger set: `mu, sigma` (pool) and
+`mu_s, sigma_s` (spatial). Stored moments stand in for those of the images in FID and sFID; the other scores look at the
+images always. Several processes (torchrun, mpiexec, srun) share the work.
 """
 
 import argparse
-import json
-import os
+import functools
 import sys
-import zipfile
-import zlib
-from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from evaluations import metrics
-from evaluations.features import InceptionExtractor, extract, make_extractor
+from evaluations import (
+    collect,
+    door,
+    errors,
+    inception,
+    metrics,
+    neighbours,
+    protocol,
+    reference_files,
+    sources,
+    tables,
+)
+from evaluations.cache import Cache
+from evaluations.features import DTYPES, OPTIONS, InceptionExtractor, identity_of, make_extractor
+from evaluations.per_class import per_class as scores_by_class
+from evaluations.protocol import Settings
+from evaluations.sources import ImageSet
 
-NEIGHBOURS = 3  # of precision and recall
-MOMENTS = {"mu": "sigma", "mu_s": "sigma_s"}  # the names in a file
+__all__ = ["ImageSet", "Scorer", "Settings", "evaluate"]
+
 LINES = {
     "inception_score": "Inception Score:",
     "fid": "FID:",
     "sfid": "sFID:",
     "precision": "Precision:",
     "recall": "Recall:",
+    "density": "Density:",
+    "coverage": "Coverage:",
+    "kid": "KID:",
     "label_agreement": "Label agreement:",
 }
 
 
-class ImageSet(NamedTuple):
-    """Images to score, by name; moments maps "mu" and "mu_s" to (mean [D], covariance [D,D]) where they are known."""
-
-    name: str
-    images: np.ndarray  # uint8 [N,H,W,C]
-    labels: np.ndarray | None = None  # [N]
-    moments: Mapping = MappingProxyType({})
-
-
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input."""
-    args = parse(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("GD_DEBUG") == "1":
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return guarded(run, parse(argv))
+
+
+def guarded(work, args):
+    """Calls work(args). Returns an exit code: 0, 130 for an interrupt, or 2 after a line on stderr about bad input."""
+    return door.exit_code(lambda: work(args))
 
 
 def parse(argv=None):
-    """The command line: a namespace of reference, sample, extractor, weights, batch_size, device, out."""
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(
-        description="Inception score, FID, sFID, precision and recall of one set of images against another.",
+        description="Inception score, FID, sFID, precision, recall, density and coverage of one set of images against "
+        "another.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("reference", metavar="REF.npz", help="images of the data set")
-    parser.add_argument("sample", metavar="SAMPLE.npz", help="images to score")
-    parser.add_argument(
-        "--extractor", default="inception", help="inception, or a classifier checkpoint whose features are to be used"
-    )
-    parser.add_argument("--weights", help="file of the Inception weights (None: $GD_INCEPTION_WEIGHTS, else download)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images a forward pass; no score depends on it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--out", help="json file to write the scores to")
+    parser.add_argument("reference", metavar="REF", help="images of the data set: npz, folder, zip or published name")
+    parser.add_argument("sample", metavar="SAMPLE", help="images to score, likewise")
+    add_extractor_options(parser)
+    usual = Settings()
+    switches = parser.add_argument_group("deviations from the published protocol")
+    switches.add_argument("--k", type=int, default=usual.k, help="neighbours of precision and recall")
+    switches.add_argument("--density_k", type=int, default=usual.density_k, help="neighbours of density and coverage")
+    switches.add_argument(
+        "--distances", default=usual.distances, choices=neighbours.DISTANCES,
+        help="of precision and recall: float32 products with every open decision settled in float64, float64 products, "
+        "or float16 as the original rounded them",
+    )  # fmt: skip
+    switches.add_argument("--split_size", type=int, default=usual.split_size, help="images in a split of the "
+                          "inception score")  # fmt: skip
+    switches.add_argument("--splits", type=int, help="so many equal splits in place of those of --split_size")
+    switches.add_argument("--shuffle", type=int, help="seed of an order to draw before splitting (None: file order)")
+    parser.add_argument("--cache", help="folder for features, which later runs, of more images too, find again")
+    parser.add_argument("--no_errors", action="store_true", help="leave out KID and all errors, which take the time of "
+                        "precision and recall again, and more")  # fmt: skip
+    parser.add_argument("--per_class", action="store_true", help="also score each class; both sets must have labels")
+    parser.add_argument("--out", help="json file to write the scores to; what each image has in them goes beside "
+                        "NAME.json as NAME.parts.npz")  # fmt: skip
     return parser.parse_args(argv)
+
+
+def add_extractor_options(parser):
+    """The options that say how images are looked at, which all programs of this package share."""
+    parser.add_argument(
+        "--extractor", default="inception",
+        help="inception; or a classifier checkpoint of this project, module:function, dinov2-vit-l-14, "
+        "clip-vit-b-32..., whose features are to be used instead",
+    )  # fmt: skip
+    parser.add_argument("--weights", help="file of the Inception weights (None: $GD_INCEPTION_WEIGHTS, else download)")
+    parser.add_argument("--allow_other_weights", action="store_true", help="take --weights of another content than the "
+                        "published")  # fmt: skip
+    parser.add_argument("--resize", default="tf1", choices=inception.RESIZES, help="rule by which Inception resizes")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="numbers inside Inception")
+    parser.add_argument("--image_size", type=int, help="cut squares of this side out of pictures in folders and zips")
+    parser.add_argument("--batch_size", type=int, default=64, help="images given to the network at once; no score "
+                        "depends on it")  # fmt: skip
+    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (empty: a GPU if there is one)")
+
+
+def extractor_of(args, device):
+    """The extractor that the options ask for."""
+    return make_extractor(args.extractor, device, args.weights, **{name: getattr(args, name) for name in OPTIONS})
 
 
 def run(args):
     """Evaluates as the command line says; prints the scores and writes them to args.out."""
-    _check_device(args.device)
+    ranks, device = door.start(args.device or None)
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: no such folder; make it first")
-    reference, sample = read_image_set(args.reference), read_image_set(args.sample)
-    extractor = make_extractor(args.extractor, args.device, args.weights)
-    scores = evaluate(reference, sample, extractor, args.batch_size, progress=True)
-    if extractor.name != InceptionExtractor.name:
-        print(f"Features: {extractor.dim} of {extractor.name}; compare only with scores by this network")
-    if "sfid" not in scores:
-        print("No spatial features, so no sFID")
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    make = functools.partial(extractor_of, args, device)
+    sets, extractor = open_sets((args.reference, args.sample), make, ranks, args.image_size)
+    parts, how = {}, {"per_class": args.per_class, "with_errors": not args.no_errors}
+    scores = evaluate(*sets, extractor, args.batch_size, True, settings, args.cache, ranks, device, parts, **how)
+    if scores:
+        report(scores)
+        if args.out:
+            write(args.out, scores, parts)
+
+
+def write(path, scores, parts):
+    """Write a result as json and, beside it, its estimates, if there are any."""
+    if parts:
+        with door.writing(errors.parts_path(path)) as file:
+            errors.save(file, parts)
+    with door.writing(path) as file:
+        file.write((errors.to_json(scores) + "\n").encode())
+
+
+def report(scores):
+    """Print a result: a line a score, in the original's order, then the errors; on stderr what else is to be said."""
     for key, label in LINES.items():
         if key in scores:
             print(label, scores[key])
-    if args.out:
-        Path(args.out).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    if "standard_errors" in scores:
+        print(*tables.error_lines(scores), sep="\n")
+    for note in scores["notes"]:
+        print("note:", note, file=sys.stderr)
 
 
-def evaluate(reference, sample, extractor, batch_size=64, progress=False):
-    """Scores of sample against reference, each the path of an npz file or an ImageSet.
+def evaluate(
+    reference, sample, extractor, batch_size=64, progress=False, settings=None, cache=None, ranks=None, device="cpu",
+    parts=None, per_class=False, with_errors=True,
+):  # fmt: skip
+    """Scores of sample against reference: each a path, a published name, an array, an ImageSet, a stream of batches or
+    a Source (see `sources.open_source`).
 
-    Returns a dict: inception_score, fid, sfid (with spatial features), precision, recall, label_agreement (with a
-    classifier and labels), and what they were computed from: extractor, reference, sample. Raises FileNotFoundError
-    and ValueError for input that has no scores, naming the file.
+    Returns a dict: inception_score (of an extractor with classes), fid, sfid (with spatial features), precision,
+    recall, density, coverage (with images on both sides), label_agreement (with a classifier and labels); what they
+    were computed from: extractor, reference, sample; `protocol`, all that must agree before the scores compare;
+    `notes`, what else there is to know, a list of lines; kid and the errors of the scores, as errors.errors_of tells
+    them. On other ranks than 0 it returns None.
+
+    :param parts: a dict that receives {score: Estimate}. :param with_errors: False leaves out kid and all errors.
+    :param per_class: also tell under "per_class" the scores of each class (evaluations/per_class.py).
+
+    :param settings: Settings. :param cache: folder of a Cache, or None. :param ranks: door.Ranks that share the work.
+    :param device: of the distances.
+    :raises FileNotFoundError, ValueError: for input that has no scores, naming the file.
     """
-    sets = [given if isinstance(given, ImageSet) else read_image_set(given) for given in (reference, sample)]
-    features = []
-    for given, bar in zip(sets, ("reference features", "sample features")):
-        with _blaming(given.name):
-            features.append(extract(extractor, given.images, batch_size, bar if progress else None))
-    described = {
-        key: {"file": given.name, "images": len(given.images), "stored_moments": sorted(given.moments)}
-        for key, given in zip(("reference", "sample"), sets)
-    }
-    return {"extractor": extractor.name, **described, **_scores(sets, features, extractor.name)}
+    scorer = Scorer(reference, extractor, batch_size, progress, settings, cache, ranks, device)
+    source = _opened(reference_files.find(sample), getattr(extractor, "channels", 3))
+    if source.count == 0:
+        raise ValueError(f"{source.name} has no array arr_0: save the images as np.savez(path, images)")
+    if source.label_problem and extractor.name != InceptionExtractor.name:
+        raise ValueError(source.label_problem)
+    return scorer.scores(source, scorer.look_at(source, "sample features"), parts, per_class, with_errors)
 
 
-def _scores(sets, features, extractor_name):
-    """The numbers, from the ImageSets and the Features of (reference, sample)."""
-    reference, sample = features
-    labels = sets[1].labels
-    if extractor_name == InceptionExtractor.name:  # its classes are not those of the labels
-        labels = None
-    else:  # stored moments are not of its features
-        sets = [given._replace(moments={}) for given in sets]
-    scores = {
-        "inception_score": metrics.inception_score(sample.probabilities),
-        "fid": _frechet_distance(sets, "mu", reference.pool, sample.pool),
-    }
-    if reference.spatial is not None:
-        scores["sfid"] = _frechet_distance(sets, "mu_s", reference.spatial, sample.spatial)
-    scores["precision"], scores["recall"] = metrics.precision_recall(reference.pool, sample.pool, NEIGHBOURS)
-    if labels is not None:
-        with _blaming(f"{sets[1].name}, arr_1"):
-            scores["label_agreement"] = metrics.label_agreement(sample.probabilities, labels)
+def open_sets(given, make, ranks, image_size=None):
+    """(the Sources of what was given, the extractor that make() returns). Files are seen to be there before weights are
+    sought, and read as far as that is quick before any image is looked at. Collective."""
+    given = [ranks.from_main(reference_files.find, each) for each in given]
+    for each in given:
+        sources.open_source(each, 3, image_size)
+    made = []
+    ranks.from_main(lambda: made.append(make()))  # first on one rank: it may fetch weights
+    extractor = made[0] if made else make()
+    return [_opened(each, getattr(extractor, "channels", 3), image_size) for each in given], extractor
+
+
+def _opened(given, channels, image_size=None):
+    """The Source of what was given, looked at as far as that is quick."""
+    source = sources.open_source(given, channels, image_size)
+    source.check()
+    return source
+
+
+class Scorer:
+    """A reference, looked at, against which samples are scored as they come: `for batch in scorer.through(stream)`.
+
+    Parameters are those of `evaluate`.
+    """
+
+    def __init__(
+        self, reference, extractor, batch_size=64, progress=False, settings=None, cache=None, ranks=None, device="cpu"
+    ):
+        self.extractor, self.batch_size, self.progress = extractor, batch_size, progress
+        self.settings, self.ranks = settings or Settings(), ranks or door.Ranks()
+        self.device = "cpu" if str(device).startswith("mps") else str(device)  # which has no float64
+        self.cache = Cache(cache, identity_of(extractor)) if cache else None
+        self.reference = _opened(reference_files.find(reference), getattr(extractor, "channels", 3))
+        statistics_alone = self.reference.count == 0
+        self.seen = None if statistics_alone else self.look_at(self.reference, "reference features")
+
+    def look_at(self, source, title):
+        """What this rank collects of a Source. Collective."""
+        if source.count is not None and source.count <= self.settings.k:
+            raise _too_few(f"{source.name}, arr_0", source.count, self.settings.k)
+        with sources.blaming(source.name):
+            return collect.collect(
+                source, self.extractor, self.ranks, self.batch_size, self.cache, title if self.progress else None
+            )
+
+    def through(self, stream):
+        """
+        Yields the batches (indices, x, labels or None) of a stream, and looks at them; x is float [n,C,H,W] in [-1,1],
+        or already uint8 [n,H,W,C].
+        """
+        self._collector = collect.Collector(self.extractor, self.batch_size, self.cache)
+        for indices, x, labels in stream:
+            known = None if labels is None else labels.cpu().numpy()
+            images = door.to_uint8(x) if x.is_floating_point() else x.numpy()
+            self._collector.add(sources.Block(np.array(list(indices)), images, known))
+            yield indices, x, labels
+
+    def finish(self, name="samples", parts=None):
+        """The scores of what came `through`. Collective."""
+        return self.scores(sources.Source(name), collect.complete(self._collector, self.ranks, name), parts)
+
+    def scores(self, source, seen, parts=None, per_class=False, with_errors=True):
+        """The result of `evaluate` for what `collect` saw of a source on this rank. Collective."""
+        described = {"reference": self.reference, "sample": source}
+        notes = list(_notes(described, self.extractor))
+        neighbours_said = self._neighbours(seen, notes)
+        whole = [None if each is None else collect.gathered(each, self.ranks) for each in (self.seen, seen)]
+        if not self.ranks.is_main:
+            return None
+        moments = [_stored(each, self.extractor, whose, notes) for whose, each in described.items()]
+        notes += _notes_of_images(whole)
+        scores = _scores(whole, moments, self.settings, self.extractor, source, notes) | neighbours_said
+        labels = [_labels(*each) for each in zip(whole, described.values())]
+        parts = {} if parts is None else parts
+        more = self._errors(whole, moments, labels, parts) if with_errors else {}
+        if "kid" in parts:
+            scores["kid"] = parts["kid"].value
+        if per_class:
+            more["per_class"] = self._of_classes(whole, labels)
+        order = {key: scores[key] for key in LINES if key in scores}
+        hashes = [protocol.hash_of(_digests(each), stored) for each, stored in zip(whole, moments)]
+        counts = {whose: len(_digests(each)) for whose, each in zip(described, whole)}
+        used = {whose: sorted(each) for whose, each in zip(described, moments)}
+        told = {
+            whose: {"file": each.name, "images": counts[whose], "stored_moments": used[whose], "sha256": digest}
+            for (whose, each), digest in zip(described.items(), hashes)
+        }
+        return {
+            **order,
+            "extractor": self.extractor.name,
+            **told,
+            "protocol": protocol.protocol(self.extractor, self.settings, hashes[0], counts, used),
+            "notes": notes,
+            **more,
+        }
+
+    def _errors(self, whole, moments, labels, parts):
+        """What errors.errors_of tells of the Collected of (reference or None, sample); fills `parts`."""
+        reference, sample = (None if each is None else each.features for each in whole)
+        fixed = {score: moments[0].get(key) for score, key in (("fid", "mu"), ("sfid", "mu_s"))}
+        asked = {} if self.extractor.name == InceptionExtractor.name else {"labels": labels[1]}
+        how = {name: getattr(self.settings, name) for name in ("k", "split_size", "splits", "shuffle")}
+        stored = {"fid", "sfid"} if moments[1] else ()  # not of these features
+        return errors.errors_of(reference, sample, fixed={name: each for name, each in fixed.items() if each},
+                                classes=labels, parts=parts, leave=stored, **asked, **how)  # fmt: skip
+
+    def _of_classes(self, whole, labels):
+        if whole[0] is None:
+            raise ValueError(f"{self.reference.name} holds no images: the scores of each class need them")
+        agreement = self.extractor.name != InceptionExtractor.name
+        return scores_by_class(*(each.features for each in whole), *labels, self.settings.k, agreement)
+
+    def _neighbours(self, seen, notes):
+        """Precision, recall, density and coverage, as far as there are images for them. Collective."""
+        if self.seen is None:
+            notes.append(f"{self.reference.name} holds no images: no precision, recall, density and coverage")
+            return {}
+        from tqdm import tqdm
+
+        k, wide = self.settings.k, self.settings.density_k
+        counts = [sum(self.ranks.share(len(each.indices))) for each in (self.seen, seen)]
+        if counts[1] <= k:
+            raise _too_few("the samples", counts[1], k)
+        if counts[0] <= wide:
+            notes.append(f"{counts[0]} reference images are too few for density and coverage with {wide} neighbours")
+            wide = None
+        work = (sum(counts) ** 2 - counts[0] * counts[1]) // self.ranks.size
+        hidden = not (self.progress and self.ranks.is_main)
+        with tqdm(desc="distances", total=work, unit_scale=True, disable=hidden) as bar:
+            return neighbours.neighbourhood_scores(
+                self.seen.features.pool, seen.features.pool, k, wide, self.settings.distances, self.device, self.ranks,
+                bar.update,
+            )  # fmt: skip
+
+
+def _scores(whole, moments, settings, extractor, source, notes):
+    """The scores that rank 0 computes from the Collected of (reference or None, sample) and their stored moments."""
+    sample, scores = whole[1], {}
+    if sample.features.probabilities is not None:
+        splits = settings.split_size, settings.splits, settings.shuffle
+        scores["inception_score"] = metrics.inception_score(sample.features.probabilities, *splits)
+    for name, key in (("fid", "mu"), ("sfid", "mu_s")):
+        what = collect.PARTS[key]
+        if getattr(sample.features, what) is None:
+            notes.append("no spatial features, so no sFID")
+        elif (moments[0] and key not in moments[0]) or (moments[1] and key not in moments[1]):
+            notes.append(f"stored statistics without {key}: {name} left out")
+        else:
+            scores[name] = _frechet_distance(whole, moments, key, what)
+    labels = _labels(sample, source)
+    if labels is not None and sample.features.probabilities is not None and extractor.name != InceptionExtractor.name:
+        with sources.blaming(f"{source.name}, arr_1"):
+            scores["label_agreement"] = metrics.label_agreement(sample.features.probabilities, labels)
     return scores
 
 
-def _frechet_distance(sets, key, *features):
-    """Of (reference, sample), each by its stored moments of that key if it has them, else by its features [N,D]."""
-    if not any(key in given.moments for given in sets):
-        return metrics.frechet_distance_from_features(*features)
-    moments = [given.moments[key] if key in given.moments else metrics.moments(f) for given, f in zip(sets, features)]
-    with _blaming(f"{key} of {sets[0].name}, {sets[1].name}"):
-        return metrics.frechet_distance(*moments[0], *moments[1])
+def _labels(collected, source):
+    """Labels [N] of what was collected, or of its source; None if neither knows."""
+    return source.labels if collected is None or collected.labels is None else collected.labels
 
 
-def read_image_set(path):
-    """The ImageSet of an npz file. FileNotFoundError without the file; ValueError for what is not scorable in it."""
-    arrays = _read_arrays(path, ["arr_0", "arr_1", *MOMENTS.keys(), *MOMENTS.values()])
-    if "arr_0" not in arrays:
-        raise ValueError(f"{path} has no array arr_0: save the images as np.savez(path, images)")
-    with _blaming(f"{path}, arr_0"):
-        images = _as_uint8(arrays["arr_0"])
-    moments = {}
-    for mu, sigma in MOMENTS.items():
-        if mu not in arrays:
-            continue
-        if sigma not in arrays:
-            raise ValueError(f"{path} has {mu} but not {sigma}: store both or neither")
-        with _blaming(f"{path}, {mu} and {sigma}"):
-            moments[mu] = metrics.checked_moments(arrays[mu], arrays[sigma])
-    return ImageSet(str(path), images, arrays.get("arr_1"), moments)
+def _frechet_distance(whole, moments, key, what):
+    """Of (reference, sample), each by its stored moments if it has them, else by what was collected: below full rank
+    from the features themselves, where that form is exact, else from the running moments."""
+    if not any(moments):
+        features = [getattr(each.features, what) for each in whole]
+        if min(map(len, features)) <= features[0].shape[1]:
+            return metrics.frechet_distance_from_features(*features)
+    pairs = [stored[key] if stored else each.moments[key].statistics() for each, stored in zip(whole, moments)]
+    with sources.blaming(f"{key} of the reference and the sample"):
+        return metrics.frechet_distance(*pairs[0], *pairs[1])
 
 
-def _read_arrays(path, keys):
-    """The arrays of an npz file that go by one of keys. Files are data: nothing in them is unpickled."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected an npz file of images")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not an npz file: write it with np.savez(path, images)")
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            return {key: np.asarray(npz[key]) for key in keys if key in npz.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: {error}; it must be an intact file of arrays of numbers, by np.savez") from error
+def _too_few(name, count, k):
+    return ValueError(f"{name}: {count} images are too few: give at least {k + 1}, for their neighbours")
 
 
-def _as_uint8(images):
-    """Images [N,H,W,C] of any number type as uint8, if they hold whole numbers 0..255 (ValueError otherwise)."""
-    if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(
-            f"shape {list(images.shape)}: images must be [N,H,W,C] with C 3 or 1; transpose those of torch, and give "
-            "grey ones a last axis"
+def _stored(source, extractor, whose, notes):
+    """The stored moments of a source, if they are of this extractor's features."""
+    if not source.moments:
+        return {}
+    maker = source.provenance.get("extractor")
+    mine = identity_of(extractor)
+    usual = extractor.name == InceptionExtractor.name and all(mine.get(n, v) == v for n, v in list(OPTIONS.items())[:2])
+    if usual if maker is None else maker == mine:
+        return dict(source.moments)
+    notes.append(f"stored statistics of the {whose}, {source.name}, are of other features and were not used")
+    return {}
+
+
+def _digests(collected):
+    return np.zeros((0, 32), np.uint8) if collected is None else collected.digests
+
+
+def _notes(described, extractor):
+    """What the kinds of files give to say."""
+    if extractor.name != InceptionExtractor.name:
+        yield f"features: {extractor.dim} of {extractor.name}; compare only with scores by this network"
+    lossy = {whose: each.lossy for whose, each in described.items()}
+    if True in lossy.values() and len(set(lossy.values())) > 1:
+        touched, other = sorted(lossy, key=lambda whose: not lossy[whose])
+        yield (
+            f"warning: the {touched} is JPEG or another lossy format and the {other} is not, as far as is known: "
+            "compression alone moves FID by more than models differ"
         )
-    if len(images) <= NEIGHBOURS:
-        raise ValueError(f"{len(images)} images are too few: give at least {NEIGHBOURS + 1}, for their neighbours")
-    if images.dtype == np.uint8:
-        return images
-    if images.dtype.kind not in "iuf":
-        raise ValueError(f"values of type {images.dtype}: images must be uint8")
-    if not np.isfinite(images).all():
-        raise ValueError(f"{np.sum(~np.isfinite(images))} NaN or infinite values: images must be uint8")
-    if images.min() < 0 or images.max() > 255:
-        raise ValueError(f"values {images.min()}..{images.max()}: images must be uint8, 0..255")
-    if (images != np.rint(images)).any():
-        raise ValueError("fractional values: images must be uint8, whole numbers 0..255, scaled before they are saved")
-    return images.astype(np.uint8)
 
 
-def _check_device(name):
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is not a device: use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch finds no GPU here; use --device cpu")
-
-
-@contextmanager
-def _blaming(what):
-    """Puts the name of what is at fault before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+def _notes_of_images(whole):
+    """What the images themselves give to say."""
+    counts = [len(each.digests) for each in whole if each is not None]
+    if len(set(counts)) > 1:
+        yield f"{counts[0]} reference images against {counts[1]} samples"
+    shapes = [sorted(each.shapes)[0] for each in whole if each is not None]
+    if len(set(shapes)) > 1:
+        sizes = " and ".join(f"{height}x{width}x{channels}" for height, width, channels in shapes)
+        yield f"reference and sample are of different sizes, {sizes} (height x width x channels)"
+    for whose, each in zip(("reference", "sample"), whole):
+        repeats = 0 if each is None else len(each.digests) - len(np.unique(each.digests, axis=0))
+        if repeats:
+            yield f"{repeats} images of the {whose} are exact copies of others in it"
 
 
 if __name__ == "__main__":

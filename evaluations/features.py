@@ -1,16 +1,12 @@
 """Feature extractors: images in, features and class probabilities out, all through one door (`Extractor`).
 
-A new network for scores costs one class with `name`, `dim` and a call, and one line in `make_extractor`.
+A new network for scores costs one class with `name`, `dim` and a call, and one line in `make_extractor`; a user's own
+function costs nothing: `module:function`, from uint8 images [N,H,W,C] to features [N,D].
 """
 
-import hashlib
 import importlib
-import importlib.util
-import io
-import os
-import pickle
+import re
 import sys
-import types
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,42 +14,62 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-WEIGHTS_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-WEIGHTS_NAME = WEIGHTS_URL.rsplit("/", 1)[1]
-WEIGHTS_SHA256 = "6726825d"  # first digits
-WEIGHTS_VARIABLE = "GD_INCEPTION_WEIGHTS"
-SPATIAL_CHANNELS = 7
+from evaluations import door, inception
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Features(NamedTuple):
-    """What a network says of N images, float32: all that the metrics look at."""
+    """What a network says of N images, float32: all that the metrics look at. Arrays, or maps of files."""
 
     pool: np.ndarray  # [N,D]
-    probabilities: np.ndarray  # [N,K]
+    probabilities: np.ndarray | None = None  # [N,K]; None of a network without classes
     spatial: np.ndarray | None = None  # [N,2023]: a grid of positions, flattened
+
+    @classmethod
+    def join(cls, parts):
+        """One record of several, in their order."""
+        return cls(*(None if each[0] is None else np.concatenate(each) for each in zip(*parts)))
+
+    def rows(self, index):
+        """The record of some of the images."""
+        return Features(*(None if each is None else each[index] for each in self))
 
 
 class Extractor(Protocol):
-    """The door: `name` says which network, `dim` is D of its pool features."""
+    """The door: `name` says which network, `dim` is D of its pool features.
+
+    It may have `identity`, a dict of all that its numbers depend on, for the protocol of a score, and `channels`, of
+    the images that it reads (else 3).
+    """
 
     name: str
     dim: int
 
-    def __call__(self, images: np.ndarray) -> Features:
-        """Features of a batch of uint8 images [N,H,W,C]; the same for any batch size."""
+    def __call__(self, images: np.ndarray) -> Features | np.ndarray:
+        """Features of a batch of uint8 images [N,H,W,C], or just [N,D]; the same for any batch size."""
 
 
-def make_extractor(spec, device="cpu", weights=None):
-    """The extractor that a word stands for: "inception" (weights: its file), or the path of a classifier checkpoint."""
-    if str(spec) == InceptionExtractor.name:
-        return InceptionExtractor(weights, device)
+def make_extractor(spec, device="cpu", weights=None, **inception_options):
+    """The extractor that a word stands for: "inception" (weights: its file; more options: see InceptionExtractor), the
+    path of a classifier checkpoint, "module:function", or a network of torch-fidelity's, as dinov2-vit-l-14."""
+    spec = str(spec)
+    if spec == InceptionExtractor.name:
+        return InceptionExtractor(weights, device, **inception_options)
     if weights is not None:
         raise ValueError(f"weights belong to the extractor {InceptionExtractor.name!r}; {spec} brings its own")
-    if not Path(spec).is_file():
-        raise FileNotFoundError(
-            f"extractor {spec} is neither {InceptionExtractor.name!r} nor the file of a classifier checkpoint"
-        )
-    return ClassifierExtractor(spec, device)
+    if any(inception_options[name] != usual for name, usual in OPTIONS.items() if name in inception_options):
+        raise ValueError(f"{', '.join(OPTIONS)} belong to the extractor {InceptionExtractor.name!r}, not to {spec}")
+    if spec.startswith(("dinov2-", "clip-")):
+        return FidelityExtractor(spec, device)
+    if Path(spec).is_file():
+        return ClassifierExtractor(spec, device)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
+        return CallableExtractor(spec)
+    raise FileNotFoundError(
+        f"extractor {spec} is neither {InceptionExtractor.name!r} nor the file of a classifier checkpoint, nor a "
+        "function as module:function, nor one of torch-fidelity's (dinov2-vit-{s,b,l,g}-14, clip-vit-b-32...)"
+    )
 
 
 def extract(extractor, images, batch_size=64, progress=None):
@@ -63,39 +79,67 @@ def extract(extractor, images, batch_size=64, progress=None):
     if batch_size < 1 or len(images) == 0:
         raise ValueError(f"{len(images)} images in batches of {batch_size}: both must be at least 1")
     starts = tqdm(range(0, len(images), batch_size), desc=progress, unit="batch", disable=progress is None)
-    batches = [extractor(images[start : start + batch_size]) for start in starts]
-    return Features(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*batches)))
+    return Features.join([checked(extractor, images[start : start + batch_size]) for start in starts])
+
+
+def checked(extractor, images):
+    """What an extractor says of a batch as Features, after a look at it (ValueError for what are no features of it)."""
+    said = extractor(images)
+    if not isinstance(said, Features):
+        said = Features(_to_numpy(said) if isinstance(said, torch.Tensor) else np.asarray(said, np.float32))
+    if said.pool.ndim != 2 or len(said.pool) != len(images):
+        raise ValueError(f"{extractor.name} gave {list(said.pool.shape)} for {len(images)} images: expected [N,D]")
+    for what, array in zip(Features._fields, said):
+        if array is not None and not np.isfinite(array).all():
+            raise ValueError(f"{extractor.name} gave {what} features that are NaN or infinite: its weights are damaged")
+    return said
+
+
+def identity_of(extractor):
+    """A dict of all that an extractor's numbers depend on, as far as it tells."""
+    return {"name": extractor.name, **getattr(extractor, "identity", {})}
 
 
 class InceptionExtractor:
-    """Inception-v3 of 2015-12-05, the network of the published scores, by torch-fidelity's port of it.
+    """The network of the published scores (`inception.Inception`): its pool features, the probabilities without the
+    bias of its last layer, as inception scores of the ADM paper are, and the spatial features of sFID.
 
-    pool: the 2048 pooled features. probabilities: over the 1008 outputs, without the bias of the last layer, as
-    inception scores of the ADM paper are. spatial: the first 7 channels of the 17x17 map after the 1x1 branch (with
-    its ReLU) of the block called mixed_6 in TensorFlow and Mixed_6d here, channels last: 2023 numbers, for sFID.
-    Grey images are repeated to three channels; any size is resized to 299 by the network's own rule.
+    Grey images are repeated to three channels. The network always sees as many images at once, the last ones filled up,
+    so that no number depends on the size of a batch.
 
-    weights: a file; None reads $GD_INCEPTION_WEIGHTS, else the published file, downloaded once to torch hub's folder.
-    Raises ImportError without torch-fidelity, FileNotFoundError without weights, ValueError for a wrong file.
+    :param weights, allow_other_weights: as `inception.find_weights` takes them.
+    :param resize: one of inception.RESIZES; "tf1" is the published rule.
+    :param dtype: "float32", the published one, or "float64".
+    :raises FileNotFoundError: without weights. :raises ValueError: for a wrong file or option.
     """
 
     name = "inception"
     dim = 2048
 
-    def __init__(self, weights=None, device="cpu"):
-        network_class = import_inception()
-        self.device = torch.device(device)
-        self.network = _build_inception(network_class, find_weights(weights)).to(self.device).eval()
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-
-    def _keep_spatial(self, module, inputs, output):
-        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)   # [N,17*17*7]
+    def __init__(self, weights=None, device="cpu", resize="tf1", dtype="float32", allow_other_weights=False):
+        for what, value, choices in (("resize", resize, inception.RESIZES), ("dtype", dtype, DTYPES)):
+            if value not in choices:
+                raise ValueError(f"{what} is {value!r}; choose one of {', '.join(choices)}")
+        file, digest = inception.find_weights(weights, allow_other_weights)
+        self.device, self.dtype = torch.device(device), DTYPES[dtype]
+        self.at_once = 4 if self.device.type == "cpu" else 64
+        self.resize = inception.RESIZES[resize]
+        self.network = inception.load(file).to(self.device, self.dtype)
+        self.identity = {"weights": f"sha256:{digest}", "resize": resize, "dtype": dtype}
 
     def __call__(self, images):
         x = _as_batch(images, channels=(1, 3), why="Inception reads grey or RGB")     # [N,C,H,W]
+        return _in_equal_parts(self._look, x.expand(-1, 3, -1, -1), self.at_once)
+
+    def _look(self, x):
         with full_precision(self.device):
-            pool, logits = self.network(x.expand(-1, 3, -1, -1).to(self.device))      # [N,2048], [N,1008]
-            return Features(_to_numpy(pool), _probabilities(logits), _to_numpy(self._spatial))
+            said = self.network(self.resize(x.to(self.device, self.dtype)))
+            return Features(
+                _to_numpy(said["2048"]), _probabilities(said["logits_unbiased"]), _to_numpy(said["spatial"])
+            )
+
+
+OPTIONS = {"resize": "tf1", "dtype": "float32", "allow_other_weights": False}  # of Inception alone, and their defaults
 
 
 class ClassifierExtractor:
@@ -105,23 +149,97 @@ class ClassifierExtractor:
     classifier was trained on (ValueError otherwise).
     """
 
-    def __init__(self, path, device="cpu"):
-        from guided_diffusion.script_util import open_classifier
+    at_once = 64
 
+    def __init__(self, path, device="cpu"):
         self.name = str(path)
         self.device = torch.device(device)
-        self.classifier, flags = open_classifier(path, device=device)
+        self.classifier, flags = door.open_classifier(path, device)
         self.channels, self.size = flags["image_channels"], flags["image_size"]
+        self.identity = {"name": "classifier at t = 0", "weights": f"sha256:{door.sha256(path)}"}
         self.dim = self(np.zeros((1, self.size, self.size, self.channels), np.uint8)).pool.shape[1]
 
     def __call__(self, images):
         x = _as_batch(images, (self.channels,), f"the classifier {self.name} was trained on {self.channels}")
         if x.shape[2:] != (self.size, self.size):
             raise ValueError(f"images are {list(x.shape[2:])} pixels, but {self.name} reads {self.size} squared")
+        return _in_equal_parts(self._look, x, self.at_once)
+
+    def _look(self, x):
         x = x.to(self.device, torch.float32) / 127.5 - 1                              # [N,C,H,W]
         t = torch.zeros(len(x), dtype=torch.long, device=self.device)                 # [N]
         with full_precision(self.device):
             return Features(_to_numpy(self.classifier.features(x, t)), _probabilities(self.classifier(x, t)))
+
+
+class CallableExtractor:
+    """A user's own function `module:function` from uint8 images [N,H,W,C] to features [N,D], array or tensor.
+
+    The module is looked for in the current folder too. It is code and is run: name only what you trust. It may have a
+    number `channels`. Scores are remembered by the text of its file, so what it reads besides must not change.
+    """
+
+    def __init__(self, spec):
+        module_name, _, function_name = spec.partition(":")
+        before = list(sys.path)
+        sys.path.insert(0, "")
+        try:
+            module = importlib.import_module(module_name)
+            self.function = getattr(module, function_name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"extractor {spec}: {error}") from error
+        finally:
+            sys.path[:] = before
+        self.name = spec
+        self.channels = getattr(self.function, "channels", 3)
+        source = getattr(module, "__file__", None)
+        self.identity = {"code": f"sha256:{door.sha256(source)}"} if source else {}
+        self.dim = checked(self, np.zeros((1, 32, 32, self.channels), np.uint8)).pool.shape[1]
+
+    def __call__(self, images):
+        with torch.inference_mode():
+            return self.function(images)
+
+
+class FidelityExtractor:
+    """A network that torch-fidelity knows by name: dinov2-vit-{s,b,l,g}-14, clip-vit-b-32, clip-rn50 and so on.
+
+    It fetches the weights itself (of DINOv2 the code too, from facebookresearch's repository). Needs torch-fidelity and
+    the torchvision that belongs to the installed torch: the extra `eval`.
+    """
+
+    at_once = 16
+
+    def __init__(self, name, device="cpu"):
+        try:
+            registry = importlib.import_module("torch_fidelity.registry").FEATURE_EXTRACTORS_REGISTRY
+        except Exception as error:  # a missing torchvision raises ImportError, a broken one RuntimeError
+            raise ImportError(
+                f"extractor {name} needs torch-fidelity and a torchvision that fits torch {torch.__version__}, which "
+                f"do not import here ({_first_line(error)}): pip install torch=={torch.__version__.split('+')[0]} "
+                "torch-fidelity torchvision"
+            ) from error
+        known = [each for each in registry if each.startswith(("dinov2-", "clip-"))]
+        if name not in known:
+            raise ValueError(f"extractor {name} is none of torch-fidelity's: {', '.join(known)}")
+        kind = registry[name]
+        layer = kind.get_default_feature_layer_for_metric("fid")
+        try:
+            self.network = kind(name, [layer]).to(device).eval()
+        except (OSError, RuntimeError) as error:  # no way to the weights, or to the code
+            raise FileNotFoundError(f"the weights of {name} cannot be had: {_first_line(error)}") from error
+        self.name, self.device = name, torch.device(device)
+        digest = door.sha256_of_tensors(self.network.state_dict())
+        self.identity = {"layer": layer, "weights": f"tensors:{digest}"}
+        self.dim = self(np.zeros((1, 32, 32, 3), np.uint8)).pool.shape[1]
+
+    def __call__(self, images):
+        x = _as_batch(images, channels=(1, 3), why=f"{self.name} reads grey or RGB")
+        return _in_equal_parts(self._look, x.expand(-1, 3, -1, -1), self.at_once)
+
+    def _look(self, x):
+        with full_precision(self.device):
+            return Features(_to_numpy(self.network(x.to(self.device))[0].flatten(1)))
 
 
 @contextmanager
@@ -137,80 +255,12 @@ def full_precision(device):
         torch.set_float32_matmul_precision(before)
 
 
-def import_inception():
-    """torch-fidelity's class of the network, also where torchvision (which the class has no use for) does not import.
-
-    The package's own import comes first. If it fails, the one module is imported inside an empty package of the same
-    name, and whatever either attempt left in sys.modules is taken out again.
-    """
-    spec = importlib.util.find_spec("torch_fidelity")
-    if spec is None:
-        raise ImportError("Inception scores need torch-fidelity: pip install --no-deps torch-fidelity==0.4.0")
-    module = "torch_fidelity.feature_extractor_inceptionv3"
-    before = set(sys.modules)
-    try:
-        return importlib.import_module(module).FeatureExtractorInceptionV3
-    except Exception:  # a missing torchvision raises ImportError, a broken one RuntimeError
-        sys.modules["torch_fidelity"] = bare = types.ModuleType("torch_fidelity")
-        bare.__path__ = list(spec.submodule_search_locations)
-        try:
-            return importlib.import_module(module).FeatureExtractorInceptionV3
-        finally:
-            for name in set(sys.modules) - before:
-                if name.split(".")[0] in ("torch_fidelity", "torchvision"):
-                    del sys.modules[name]
-
-
-def find_weights(path=None):
-    """The file of the Inception weights: path, else $GD_INCEPTION_WEIGHTS, else torch hub's copy (downloaded once).
-
-    The published name must have the published content; another file of the user's own is used with a warning.
-    """
-    own = path or os.environ.get(WEIGHTS_VARIABLE)
-    file = Path(own) if own else Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
-    if own and not file.is_file():
-        raise FileNotFoundError(
-            f"no Inception weights at {file} (from --weights or ${WEIGHTS_VARIABLE}): it must name {WEIGHTS_NAME}, "
-            f"which is at {WEIGHTS_URL}"
-        )
-    if not file.is_file():
-        _download(file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if not digest.startswith(WEIGHTS_SHA256):
-        problem = f"{file} has sha256 {digest[:8]}..., the published Inception weights have {WEIGHTS_SHA256}..."
-        if file.name == WEIGHTS_NAME:
-            raise ValueError(f"{problem}: delete the file and fetch it again from {WEIGHTS_URL}")
-        print(f"warning: {problem}: scores will not compare with published ones", file=sys.stderr)
-    return file
-
-
-def _download(file):
-    from guided_diffusion.download import fetch
-
-    try:
-        fetch(WEIGHTS_URL, file, f"sha256:{WEIGHTS_SHA256}")
-    except (OSError, ValueError) as error:  # no network, no right to write; another content
-        raise FileNotFoundError(
-            f"no Inception weights: {error}; or name their file with --weights or ${WEIGHTS_VARIABLE}"
-        ) from error
-
-
-def _build_inception(network_class, file):
-    """The network with the weights of a file, which is read as data: a pickle that wants to run code is refused.
-
-    The class reads its own file, and trustingly; so it gets a copy in memory of what was read safely.
-    """
-    try:
-        weights = io.BytesIO()
-        torch.save(torch.load(file, map_location="cpu", weights_only=True), weights)
-        weights.seek(0)
-        layers = ["2048", "logits_unbiased"]
-        return network_class(InceptionExtractor.name, layers, feature_extractor_weights_path=weights)
-    except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{file} does not hold the Inception network ({reason}): expected {WEIGHTS_NAME}, from {WEIGHTS_URL}"
-        ) from error
+def _in_equal_parts(look, x, at_once):
+    """Features of a batch [N,C,H,W], looked at in parts of `at_once` images exactly: convolutions round differently for
+    another number. What the last part lacks is filled up."""
+    missing = -len(x) % at_once
+    x = torch.cat([x, x[:1].expand(missing, -1, -1, -1)]) if missing else x
+    return Features.join([look(part) for part in x.split(at_once)]).rows(slice(0, len(x) - missing))
 
 
 def _as_batch(images, channels, why):
@@ -224,8 +274,12 @@ def _as_batch(images, channels, why):
 
 
 def _probabilities(logits):
-    return _to_numpy(torch.softmax(logits.double(), dim=1))
+    return _to_numpy(torch.softmax(logits.cpu().double(), dim=1))
 
 
 def _to_numpy(x):
-    return x.float().cpu().numpy()
+    return x.detach().float().cpu().numpy()
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -2,28 +2,28 @@
 
 import numpy as np
 
-from evaluations import metrics
+from evaluations import errors, influence
 from evaluations.evaluator import evaluate
 
 
-def judged(reference, sample, judge):
+def judged(reference, sample, judge, parts=None):
     """
-    The scores of `evaluate` for the npz `sample` against `reference`, and `spread`: the variance of features within
-    the classes, averaged over them.
+    The scores of `evaluate` for the npz `sample` against `reference`, with their errors, and `spread`: the variance of
+    features within the classes, averaged over them.
 
     The classes of the spread are those that the judge sees, not those asked for, lest obedience look like lost
-    diversity. :param judge: an extractor.
+    diversity. :param judge: an extractor. :param parts: as `evaluate` takes it.
     """
-    scores = evaluate(str(reference), str(sample), judge)
+    parts = {} if parts is None else parts
+    scores = evaluate(str(reference), str(sample), judge, parts=parts)
     with np.load(sample, allow_pickle=False) as npz:
         features = judge(npz["arr_0"])
     seen = features.probabilities.argmax(1)
-    several = np.bincount(seen)[seen] > 1
-    return {"spread": metrics.within_class_variance(features.pool[several], seen[several]), **scores}
-
-
-def mean_and_error(values):
-    """The mean of runs that differ in their seed alone, and its standard error; of a single one, an error of nan."""
-    values = np.asarray(values, np.float64)
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(values.mean()), float(error)
+    several = np.flatnonzero(np.bincount(seen)[seen] > 1)
+    found = influence.within_class_variance(features.pool[several], seen[several])
+    part = np.zeros(len(seen))
+    part[several] = found.sample
+    parts["spread"] = found._replace(sample=part)
+    for key, each in errors.described({"spread": parts["spread"]}).items():
+        scores[key] |= each
+    return {**scores, "spread": found.value}

@@ -7,7 +7,7 @@ ValueError for arrays of the wrong shape, for values that are not finite, and fo
 import numpy as np
 from scipy.special import entr
 
-BLOCK_ENTRIES = 2**23  # of a block of distances: 64 MB in float64
+from evaluations import neighbours
 
 
 def moments(features):
@@ -68,55 +68,67 @@ def frechet_distance_from_features(features1, features2):
     return float(shift @ shift + np.square(factor1).sum() + np.square(factor2).sum() - 2 * trace_root)
 
 
-def inception_score(probabilities, split_size=5000):
+def inception_score(probabilities, split_size=5000, splits=None, shuffle=None):
     """Mean over splits of exp(mean_i KL(p_i || mean p)), p [N,K] class probabilities (Salimans et al. 2016).
 
     The published protocol: consecutive splits of 5000 in the order of the rows (so the order matters), a short last
-    split counting like the others. The divergence is taken as entropy of the mean minus mean of the entropies, where
-    a probability of zero adds zero.
+    split counting like the others.
+
+    :param splits: so many splits of equal size, give or take a row, instead of those of split_size.
+    :param shuffle: seed of an order to draw first, or None; torch-fidelity's default is splits=10, shuffle=2020.
+    """
+    return float(np.mean(split_scores(probabilities, split_size, splits, shuffle)))
+
+
+def split_scores(probabilities, split_size=5000, splits=None, shuffle=None):
+    """The inception score of each split, a list; see `inception_score`.
+
+    The divergence is taken as entropy of the mean minus mean of the entropies, where a probability of zero adds zero.
     """
     probabilities = _finite_matrix(probabilities, "probabilities")
-    if split_size < 1:
-        raise ValueError(f"split_size is {split_size}: it must be at least 1")
     if probabilities.min() < 0 or np.abs(probabilities.sum(axis=1, dtype=np.float64) - 1).max() > 1e-3:
         raise ValueError("the rows are not probabilities (non-negative, sum 1): take the softmax of logits first")
     scores = []
-    for start in range(0, len(probabilities), split_size):
-        split = probabilities[start : start + split_size].astype(np.float64)          # [S,K]
-        scores.append(np.exp(entr(split.mean(axis=0)).sum() - entr(split).sum(axis=1).mean()))
-    return float(np.mean(scores))
+    for rows in split_rows(len(probabilities), split_size, splits, shuffle):
+        split = probabilities[rows].astype(np.float64)                                # [S,K]
+        scores.append(float(np.exp(entr(split.mean(axis=0)).sum() - entr(split).sum(axis=1).mean())))
+    return scores
 
 
-def knn_radii(features, k=3):
+def split_rows(count, split_size=5000, splits=None, shuffle=None):
+    """The rows of each split of `inception_score`: slices of the file's order, or arrays of a shuffled one."""
+    if split_size < 1:
+        raise ValueError(f"split_size is {split_size}: it must be at least 1")
+    if splits is not None and not 1 <= splits <= count:
+        raise ValueError(f"splits is {splits}: it must be from 1 to the number of images, {count}")
+    starts = range(0, count, split_size) if splits is None else [i * count // splits for i in range(splits)]
+    slices = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], count])]
+    if shuffle is None:
+        return slices
+    order = np.random.RandomState(shuffle).permutation(count)
+    return [order[each] for each in slices]
+
+
+def knn_radii(features, k=3, distances="float32"):
     """Squared Euclidean distance [N] from each row of features [N,D] to its k-th nearest other row; N > k."""
     if k < 1:
         raise ValueError(f"k is {k}: a point's nearest other point is k = 1")
     features = _finite_matrix(features, "features", at_least=k + 1, why=f"each needs {k} others as neighbours")
-    radii = np.empty(len(features))
-    everyone = np.arange(len(features))
-    for rows, distances in _squared_distances(features, features):
-        distances[everyone[rows] - rows.start, everyone[rows]] = np.inf               # a point is not its own neighbour
-        distances.partition(k - 1, axis=1)
-        radii[rows] = distances[:, k - 1]
-    return radii
+    return neighbours.nearest(features, features, k, distances, itself=0)[0][:, -1]
 
 
-def precision_recall(reference, sample, k=3):
+def precision_recall(reference, sample, k=3, distances="float32"):
     """Precision and recall of sample [N2,D] against reference [N1,D] (Kynkaanniemi et al. 2019): two shares in 0..1.
 
-    A ball with the knn_radii of its centre is put around each point of a set. Precision is the share of sample points
-    in some reference ball, recall the share of reference points in some sample ball, rims included.
+    Precision is the share of sample rows within a reference row's distance to its k-th nearest other row, recall the
+    share of reference rows within such a distance of a sample row, rims included. See `neighbours` for the whole.
     """
-    radii_reference = knn_radii(reference, k)
-    radii_sample = knn_radii(sample, k)
-    reference, sample = np.asarray(reference), np.asarray(sample)
-    _check_same_width(reference, sample)
-    sample_is_in = np.empty(len(sample), bool)
-    reference_is_in = np.zeros(len(reference), bool)
-    for rows, distances in _squared_distances(sample, reference):                     # [B,N1]
-        sample_is_in[rows] = (distances <= radii_reference).any(axis=1)
-        reference_is_in |= (distances <= radii_sample[rows, None]).any(axis=0)
-    return float(sample_is_in.mean()), float(reference_is_in.mean())
+    sets = []
+    for features in (reference, sample):
+        sets.append(_finite_matrix(features, "features", k + 1, f"each needs {k} others as neighbours"))
+    _check_same_width(*sets)
+    scores = neighbours.neighbourhood_scores(*sets, k, k, distances)
+    return scores["precision"], scores["recall"]
 
 
 def within_class_variance(features, labels):
@@ -141,24 +153,6 @@ def label_agreement(probabilities, labels):
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels {labels.min()}..{labels.max()} do not fit {classes} classes (0..{classes - 1})")
     return float((probabilities.argmax(axis=1) == labels).mean())
-
-
-def _squared_distances(rows, columns):
-    """Yields (slice of the rows, their squared distances [B,M] to all columns), in blocks of bounded memory.
-
-    float64, since |u|^2 - 2uv + |v|^2 cancels. What lies below the rounding error of that sum is zero: duplicates
-    are at distance 0 exactly, so that a ball of radius 0 still holds them.
-    """
-    rows, columns = rows.astype(np.float64, copy=False), columns.astype(np.float64, copy=False)
-    row_norms, column_norms = (np.einsum("nd,nd->n", x, x) for x in (rows, columns))
-    resolution = np.finfo(np.float64).eps * (rows.shape[1] + 4)
-    step = max(1, BLOCK_ENTRIES // len(columns))
-    for start in range(0, len(rows), step):
-        block = slice(start, min(start + step, len(rows)))
-        norms = row_norms[block, None] + column_norms                                 # [B,M]
-        distances = norms - 2 * (rows[block] @ columns.T)
-        distances[distances <= resolution * norms] = 0
-        yield block, distances
 
 
 def _mean_and_factor(features):

@@ -115,10 +115,17 @@ def writing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        # torch reports a full disk as a RuntimeError.
         if isinstance(error, (OSError, RuntimeError)):
-            raise OSError(f"cannot write {path}: {_first_line(error)}") from error
+            raise OSError(f"cannot write {path}: {_first_line(_of_the_disk(error))}") from error
         raise
+
+
+def _of_the_disk(error):
+    """The OSError behind an error of torch, which reports a full disk as a RuntimeError of its own; else the error."""
+    behind = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__context__
+    return behind or error
 
 
 def _first_line(error):

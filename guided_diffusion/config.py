@@ -179,7 +179,18 @@ class RunOptions:
         tuple(presets.PRESETS),
     )
     device: str = option("", "cpu, cuda, cuda:1, mps...; empty: a GPU if there is one")
+    precision: str = option(
+        "",
+        "arithmetic in the bodies of the networks; their norms, embeddings, softmaxes and ends, and all checkpoints,"
+        " are fp32 always; empty: as --use_fp16 and --classifier_use_fp16 say",
+        ("", "fp32", "bf16", "fp16"),
+    )
     log_dir: str = option("", "folder for everything written; empty: $OPENAI_LOGDIR, else a new temporary folder")
+    log_formats: str = option(
+        "",
+        "where the log goes: stdout, log, csv, json, jsonl, tensorboard, wandb, with commas between; empty:"
+        " $OPENAI_LOG_FORMAT, else stdout,log,csv",
+    )
 
 
 @dataclass
@@ -209,7 +220,7 @@ class _Training:
     resume: str = option(
         "auto",
         "auto: the same command goes on from the newest whole checkpoint in --log_dir; never: start anew, in a folder"
-        " without checkpoints",
+        " without a run",
         ("auto", "never"),
     )
     force: bool = option(False, "go on from checkpoints though the seed or the data are not those they were made with")
@@ -274,6 +285,36 @@ class TrainOptions(_Training):
 
 
 @dataclass
+class WatchOptions:
+    """watching"""
+
+    sample_interval: int = option(
+        0, "updates between two pictures of samples, drawn with the first of the averaged weights; 0: none"
+    )
+    eval_every: int = option(
+        0,
+        "updates between two Frechet distances of such samples to the held-out images, or else the training images, in"
+        " the log as fid; 0: none",
+    )
+    eval_samples: int = option(500, "samples, and at most as many images of the data, for --eval_every")
+    eval_extractor: str = option(
+        "inception", "whose features --eval_every compares: inception, or the checkpoint of a classifier of such images"
+    )
+    sample_steps: int = option(50, "steps of DDIM for these samples")
+
+
+@dataclass
+class SuperResTrainOptions(TrainOptions):
+    """training"""
+
+    low_res_noise: float = option(
+        0.0,
+        "add noise to the small images, of a standard deviation drawn from 0 to this for each, pixels spanning -1 to 1:"
+        " the network then forgives the faults of drawn images (conditioning augmentation); 0: none",
+    )
+
+
+@dataclass
 class ClassifierTrainOptions(_Training):
     """training"""
 
@@ -287,9 +328,7 @@ class ClassifierTrainOptions(_Training):
 
 
 @dataclass
-class SampleOptions:
-    """sampling"""
-
+class _Sampling:
     model_path: str = option(
         "",
         "checkpoint of the diffusion model: a path, an address or a published name, as 64x64_diffusion; config.json"
@@ -309,17 +348,18 @@ class SampleOptions:
     brownian: bool = option(
         False, "noise of one Brownian path a sample, the same for any number of steps, in place of fresh noise"
     )
-    classes: str = option("", "labels or class names to draw in turn, as 3,7; all: every class in turn; empty: random")
-    prompts: tuple = option(
-        (),
-        "texts to draw in turn, each in quotes, from a model of captioned images; encoded as its captions were",
-    )
-    prompt_vectors: str = option(
+    classes: str = option(
         "",
-        "npy file of vectors [P,D] to draw in turn, where the texts' vectors were computed elsewhere; as many --prompts"
-        " name them",
+        "labels or class names to draw in turn, as 3,7; all: every class in turn; with numbers of images, as"
+        " 3:100,7:50, so many of each, one after the other; empty: random",
+    )
+    save_as: str = option(
+        "npz", "files for the samples: npz; png, a folder of pictures named CLASS_NUMBER; zip, of the same; or several"
     )
     grid: bool = option(True, "also write a picture of the first samples")
+    frames: int = option(
+        0, "also write a strip and a film (GIF) of the first samples on their way, in so many frames; 0: none"
+    )
     guidance_scale: float = option(
         1.0,
         "classifier-free guidance, from the unconditional prediction towards the conditional one and beyond; 1: the"
@@ -349,6 +389,62 @@ class SampleOptions:
         "quantile, as 0.995, of each predicted image's absolute values at which it is clipped and then scaled down to"
         " the range of pixels; 0: clip at that range",
     )
+
+
+@dataclass
+class SampleOptions(_Sampling):
+    """sampling"""
+
+    prompts: tuple = option(
+        (),
+        "texts to draw in turn, each in quotes, from a model of captioned images; encoded as its captions were",
+    )
+    prompt_vectors: str = option(
+        "",
+        "npy file of vectors [P,D] to draw in turn, where the texts' vectors were computed elsewhere; as many --prompts"
+        " name them",
+    )
+
+
+@dataclass
+class SuperResSampleOptions(_Sampling):
+    """sampling"""
+
+    base_samples: str = option(
+        "",
+        "the images to enlarge: npz with arr_0 uint8 [N,h,w,C] of --small_size, and arr_1 their labels; or a folder of"
+        " images, which are cropped and brought to that size",
+    )
+    num_samples: int = changed(
+        _Sampling, "num_samples", 10000, "images to draw, of the base samples in their order; no more than there are"
+    )
+    repeat_base: bool = option(False, "begin again with the first base sample where --num_samples are more than those")
+    classes: str = changed(
+        _Sampling, "classes", "", "labels or class names of the base samples in turn, as 3,7; empty: their own"
+    )
+    label_from: str = changed(_Training, "label_from", "auto")
+    low_res_noise: float = changed(
+        SuperResTrainOptions,
+        "low_res_noise",
+        0.0,
+        "standard deviation of the noise added to the base samples, of which pixels span -1 to 1",
+    )
+
+
+@dataclass
+class EvaluateOptions:
+    """evaluation"""
+
+    evaluate: str = option(
+        "",
+        "score the samples as they come, against this reference: an npz, a folder or zip of pictures, or the name of a"
+        " published file; writes scores.json (docs/evaluation.md)",
+    )
+    extractor: str = option(
+        "inception", "whose features --evaluate compares: inception, a classifier's checkpoint or module:function"
+    )
+    weights: str = option("", "file of the weights of Inception; empty: $GD_INCEPTION_WEIGHTS, else the published file")
+    save_samples: bool = option(True, "keep the samples and write them; without, --evaluate needs no room for them")
 
 
 @dataclass
@@ -448,6 +544,23 @@ class InpaintOptions(_OfImages):
 
 
 @dataclass
+class NLLOptions:
+    """likelihood"""
+
+    model_path: str = changed(SampleOptions, "model_path", "")
+    data_dir: str = changed(
+        _Training, "data_dir", "", "folder or file of images, best such as the model was not trained on"
+    )
+    label_from: str = changed(_Training, "label_from", "auto")
+    clip_denoised: bool = changed(SampleOptions, "clip_denoised", True)
+    num_samples: int = changed(
+        SampleOptions, "num_samples", 1000, "images to score, each once; no more than there are"
+    )
+    batch_size: int = changed(_Training, "batch_size", 1)
+    num_workers: int = changed(_Training, "num_workers", 1)
+
+
+@dataclass
 class ReplayOptions:
     """replay"""
 
@@ -479,6 +592,7 @@ class ConvertOptions:
 class DoctorOptions:
     """doctor"""
 
+    kind: str = option("diffusion", "kind of the network to look at", ("diffusion", "classifier"))
     write: bool = option(False, "remember the microbatch that fits in doctor.json in --log_dir, for training there")
 
 
@@ -695,6 +809,50 @@ def levels(channel_mult, image_size, super_res=False, film=False):
     return parse_channel_mult(channel_mult) or default or default_channel_mult(image_size, super_res)
 
 
+def side_of(flags):
+    """Height and width in pixels of the images that a network of these flags makes or reads."""
+    return flags["large_size"] if "large_size" in flags else flags["image_size"]
+
+
+def check_watching(args):
+    """Raise ValueError if WatchOptions are out of range, or cannot be had with the other options."""
+    for name, least in (("sample_interval", 0), ("eval_every", 0), ("eval_samples", 2), ("sample_steps", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+    if args.sharding != "none" and (args.sample_interval or args.eval_every):
+        raise ValueError("--sample_interval and --eval_every draw with a whole network: not with --sharding fsdp")
+
+
+def precision_of(precision, use_fp16, name="use_fp16"):
+    """
+    fp32, bf16 or fp16, as --precision says or, where that is empty, the flag `name` of a network.
+
+    :raises ValueError: if --precision fp32 or bf16 contradicts the flag.
+    """
+    if precision and use_fp16 and precision != "fp16":
+        raise ValueError(f"--precision {precision} and --{name} True are two precisions: drop --{name}")
+    return precision or ("fp16" if use_fp16 else "fp32")
+
+
+def log_formats(args, main):
+    """The names of log writers that --log_formats asks for on the main process, or None for the usual ones."""
+    return args.log_formats.split(",") if args.log_formats and main else None
+
+
+def check_counts(args):
+    """Raise ValueError unless there is an image to draw or score, and one at a time at least."""
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+
+
+def check_sides(flags):
+    """Raise ValueError unless a super-resolution network of these flags has small images to enlarge."""
+    small, large = flags["small_size"], flags["large_size"]
+    if not 1 <= small < large:
+        raise ValueError(f"--small_size {small} must be from 1 to below --large_size {large}")
+
+
 def attention_downsampling(text, image_size):
     """
     Sides in pixels -> factors by which the features are smaller than the image: ('32,16,8', 64) -> (2, 4, 8).
@@ -707,7 +865,8 @@ def parse_classes(text, num_classes, count, class_names=None):
     """
     The labels of `count` images from --classes.
 
-    :param text: '' for random labels; 'all' for 0..num_classes-1 in turn; or labels in turn, as '3,7'.
+    :param text: '' for random labels; 'all' for 0..num_classes-1 in turn; labels in turn, as '3,7'; or with how
+        many of each, as '3:100,7:50'.
     :param class_names: names by label; with them a word that is no number may be a name.
     :return: list of `count` labels, or None for random ones.
     :raises ValueError: for a label out of range or an unknown name.
@@ -716,9 +875,23 @@ def parse_classes(text, num_classes, count, class_names=None):
         return None
     if text == "all":
         wanted = range(num_classes)
+    elif ":" in text:
+        return _quotas(text, num_classes, count, class_names or [])
     else:
         wanted = [_label(word.strip(), num_classes, class_names or []) for word in text.split(",")]
     return [wanted[i % len(wanted)] for i in range(count)]
+
+
+def _quotas(text, num_classes, count, class_names):
+    labels = []
+    for part in text.split(","):
+        word, colon, number = part.rpartition(":")
+        if not colon or not number.strip().isdigit():
+            raise ValueError(f"cannot read {part!r} in --classes {text}: give each class a number, as 3:100,7:50")
+        labels += [_label(word.strip(), num_classes, class_names)] * int(number)
+    if len(labels) != count:
+        raise ValueError(f"--classes {text} are {len(labels)} images: give --num_samples {len(labels)}, not {count}")
+    return labels
 
 
 def _label(word, num_classes, class_names):

@@ -10,12 +10,14 @@ Waiting ends: for ranks that do not arrive after GD_ARRIVAL_MINUTES (5), for one
 NCCL waits for as long as for one that is stuck.
 """
 
+import atexit
 import contextlib
 import importlib
 import math
 import os
 import re
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -38,6 +40,7 @@ LAUNCHERS = {
 }
 
 _device = None
+_has_met = False  # whether this process is, or was, in a process group
 
 
 class Place(NamedTuple):
@@ -89,7 +92,7 @@ def setup_dist(device=None):
     :raises ValueError: the device is not there, or the ranks have no way to meet.
     :raises ConnectionError: they have one and did not meet.
     """
-    global _device
+    global _device, _has_met
     place, timeout = resolve(os.environ), _minutes("GD_TIMEOUT_MINUTES", 60)
     _device = _choose_device(device, place)
     if _device.type == "cuda":
@@ -108,6 +111,9 @@ def setup_dist(device=None):
             f"the {place.size} ranks met but cannot connect ({_first_line(error)}): export GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME, the network interface that reaches the others, as `ip addr` names it"
         ) from error
+    _has_met = True
+    if "nccl" in backend:
+        _refuse_shared_gpus(gather_objects((socket.gethostname(), _gpu_id(_device))))
 
 
 def dev():
@@ -146,6 +152,15 @@ def gather_objects(obj):
         return [obj]
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def gather_to_main(obj):
+    """[the `obj` of rank 0, of rank 1, ...] on rank 0, where alone they take memory; None elsewhere. Collective."""
+    if not _connected():
+        return [obj]
+    gathered = [None] * dist.get_world_size() if is_main() else None
+    dist.gather_object(obj, gathered)
     return gathered
 
 
@@ -193,7 +208,7 @@ def naming_lost_peers():
         if _connected() and any(sign in told for sign in signs):
             raise ConnectionError(
                 f"rank {rank()} lost another process of this run, which has died or is stuck: see what that one said; "
-                "the same command goes on from the last checkpoint"
+                f"the same command goes on from the last checkpoint (told: {_first_line(error)})"
             ) from error
         raise
 
@@ -204,6 +219,27 @@ def finish():
     _device = None
     if _connected():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leaving():
+    """
+    For the end of a program: where SystemExit, or the end of the block, would leave a process that has been in a group,
+    leave it without Python's own way out, in which threads of torch that the group's users still hold (as sharded
+    networks do) abort the process now and then.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        if not _has_met:
+            raise
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    if _has_met:
+        atexit._run_exitfuncs()  # as Python would: workers end, logs are closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _connected():
@@ -220,6 +256,21 @@ def _choose_device(name, place):
     if place.size > 1 and name not in ("cpu", "cuda"):
         raise ValueError(f"{place.size} ranks cannot share device {name!r}; choose cuda (a GPU for each rank) or cpu")
     return torch.device(f"cuda:{place.local_rank % gpus}" if name == "cuda" else name)
+
+
+def _gpu_id(device):
+    """What tells a GPU from the others of its node, whatever number each rank knows it by."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
+
+
+def _refuse_shared_gpus(places):
+    """:raises ValueError: if two of the ranks' (host, GPU) are the same one, which NCCL refuses in less clear words."""
+    for rank, place in enumerate(places):
+        if place in places[:rank]:
+            raise ValueError(
+                f"ranks {places.index(place)} and {rank} share a GPU of {place[0]}: start no more processes on a node"
+                " than it has GPUs, or give --device cpu"
+            )
 
 
 def _meet(place):

@@ -4,8 +4,8 @@ for a network, the memory that it takes, a microbatch that fits, and whether the
 """
 
 import contextlib
-import copy
 import os
+import platform
 import socket
 import sys
 import tempfile
@@ -18,17 +18,15 @@ import torch as th
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, config, dist_util, ema, logger, memory, program, runs
-from .config import DiffusionOptions, DoctorOptions, ModelOptions, RunOptions, TrainOptions
-from .fp16_util import MixedPrecisionTrainer, make_adamw
-from .nn import update_ema
-from .resample import create_named_schedule_sampler
-from .script_util import create_model_and_diffusion
-from .tasks import DiffusionTask
+from . import checkpoint, config, dist_util, logger, memory, program, runs
+from .config import ClassifierOptions, DiffusionOptions, DoctorOptions, ModelOptions, RunOptions, TrainOptions
+from .fp16_util import PRECISIONS
+from .pace import convolution_rate, paced
+from .rehearsal import Step, labelled
 from .unet import SHORT_LENGTH
 
 MIB, GIB = 2**20, 2**30
-DTYPES = (th.float32, th.bfloat16, th.float16)
+DTYPES = tuple(PRECISIONS.values())
 WORTH_IT = 1.2  # times as fast
 OPTIONAL = {
     "mpi4py": "mpiexec on several nodes without MASTER_ADDR",
@@ -36,30 +34,67 @@ OPTIONAL = {
     "scikit-learn": "datasets/digits.py and the demo",
     "tensorboard": "OPENAI_LOG_FORMAT=tensorboard",
 }
+NETWORKS = {"diffusion": ModelOptions, "classifier": ClassifierOptions}
 NOT_OF_A_NETWORK = {"device", "log_dir", "seed", "write"}  # without any other flag no network is looked at
 
 
 def main():
-    args = config.parse(__doc__, DoctorOptions, TrainOptions, ModelOptions, DiffusionOptions, RunOptions)
+    groups = DoctorOptions, TrainOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions
+    args = config.parse(__doc__, *groups)
     if args.write and not args.log_dir:
         raise ValueError("--write True needs --log_dir, the folder of the run that shall find doctor.json")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size must be 1 or more, not {args.batch_size}")
     dist_util.setup_dist(args.device or None)
-    failed = look(args, dist_util.gather_objects((socket.gethostname(), str(dist_util.dev()))))
+    folder = dist_util.from_main(folder_of, args)
+    places = dist_util.gather_objects(here(folder))
+    seconds = exchange_seconds() if len(places) > 1 else None
+    failed = look(args, folder, places, seconds)
     dist_util.barrier()  # the other processes wait, so that they do not share what is measured
     if failed and dist_util.is_main():
         raise ValueError(f"could not be found out, for the reasons above: {', '.join(failed)}")
 
 
-def look(args, places):
+def folder_of(args):
+    """The folder that the run would have, made if it is not there: on a disk that all processes should see."""
+    folder = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or tempfile.gettempdir()
+    if not checkpoint.is_remote(folder):
+        with contextlib.suppress(OSError):  # which the part about the disk will meet as well, and say
+            os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def here(folder):
+    """What this process has, for rank 0 to compare."""
+    device = dist_util.dev()
+    return SimpleNamespace(
+        host=socket.gethostname(),
+        device=f"{device} ({memory.device_name(device)})" if device.type == "cuda" else str(device),
+        software={"python": platform.python_version(), **runs.versions()},
+        sees_folder=checkpoint.exists(folder),
+    )
+
+
+def exchange_seconds():
+    """How long the processes take to bring 64 MiB from the first to all. Collective."""
+    weights = th.zeros(16 * MIB, device=dist_util.dev())
+    for _ in range(2):  # the first time makes the connections
+        dist_util.barrier()
+        start = time.monotonic()
+        dist_util.sync_params([weights])
+        weights[0].item()  # a GPU is waited for
+    dist_util.barrier()
+    return time.monotonic() - start
+
+
+def look(args, folder, places, seconds):
     """Print every part, in rank 0; the names of those that failed."""
     if not dist_util.is_main():
         return []
-    folder = os.path.expanduser(args.log_dir) or os.environ.get("OPENAI_LOGDIR") or tempfile.gettempdir()
     logger.Logger.CURRENT = logger.Logger(dir=folder, output_formats=[logger.HumanOutputFormat(sys.stdout)])
-    flags = config.flags_of(args, ModelOptions, DiffusionOptions)
+    flags = config.flags_of(args, NETWORKS[args.kind], DiffusionOptions)
     found = SimpleNamespace(args=args, flags=flags, places=places, folder=folder, device=dist_util.dev(), speed={})
+    found.exchange_seconds = seconds
     failed = []
     for name, part in PARTS.items():
         if name in OF_A_NETWORK and not args.explicit - NOT_OF_A_NETWORK:
@@ -80,8 +115,15 @@ def look(args, places):
 def launcher(found):
     place = dist_util.resolve(os.environ)
     yield f"{place.launcher or 'none'}, {len(found.places)} process(es){'' if place.one_node else ' on several nodes'}"
-    for rank, (host, device) in enumerate(found.places):
-        yield f"rank {rank} on {host}, device {device}"
+    first = found.places[0]
+    for rank, each in enumerate(found.places):
+        yield f"rank {rank} on {each.host}, device {each.device}"
+        if first.sees_folder and not each.sees_folder:
+            yield f"rank {rank} does not see {found.folder}, where checkpoints to go on from must lie: choose another"
+        for line in runs.differing(first.software, each.software):
+            yield f"rank {rank} has other software than rank 0: {line}"
+    if found.exchange_seconds:
+        yield f"{64 / found.exchange_seconds:.0f} MiB/s from rank 0 to all others"
 
 
 def devices(found):
@@ -96,12 +138,12 @@ def devices(found):
 
 
 def threads(found):
-    mine, cores, here = th.get_num_threads(), len(_cores()), [host for host, _ in found.places]
+    mine, cores, hosts = th.get_num_threads(), len(_cores()), [each.host for each in found.places]
     said = os.environ.get("OMP_NUM_THREADS", "not set")
     yield f"{mine} for each process (OMP_NUM_THREADS is {said}), {cores} cores that this process may use"
-    together = mine * here.count(socket.gethostname())
+    together = mine * hosts.count(socket.gethostname())
     if together > max(cores, mine):
-        fair = max(1, cores // here.count(socket.gethostname()))
+        fair = max(1, cores // hosts.count(socket.gethostname()))
         yield f"the processes here want {together} threads for {cores} cores: export OMP_NUM_THREADS={fair}"
 
 
@@ -135,7 +177,7 @@ def precision(found):
     pace = {}
     for dtype in DTYPES:
         try:
-            pace[dtype] = _convolutions(dtype, found.device)
+            pace[dtype] = convolution_rate(dtype, found.device)
             yield f"{_short(dtype)}: {pace[dtype] / 1e9:.3g} GFLOP/s in convolutions, forwards and backwards"
         except RuntimeError as error:
             yield f"{_short(dtype)}: not supported ({str(error).splitlines()[0]})"
@@ -144,20 +186,9 @@ def precision(found):
             ratio = pace[dtype] / pace[th.float32]
             verdict = "faster" if ratio > WORTH_IT else "no gain but memory" if ratio > 0.8 else "slower"
             yield f"{_short(dtype)} is {ratio:.2g} times as fast as float32: {verdict}"
-    yield f"recommended: --use_fp16 {pace.get(th.float16, 0) > WORTH_IT * pace[th.float32]}"
-
-
-def _convolutions(dtype, device):
-    """FLOP/s of training a 3x3 convolution, which is most of a U-Net, in images of a size for the device."""
-    n, channels, side = (32, 256, 64) if device.type == "cuda" else (4, 64, 16)
-    x = th.randn(n, channels, side, side, device=device).to(dtype).requires_grad_()
-    weight = th.randn(channels, channels, 3, 3, device=device).to(dtype).requires_grad_()
-
-    def once():
-        x.grad = weight.grad = None
-        F.conv2d(x, weight, padding=1).float().sum().backward()
-
-    return paced(once, device, seconds=0.3) * 3 * 2 * 9 * channels**2 * n * side**2
+    best = max(("bf16", "fp16"), key=lambda name: pace.get(PRECISIONS[name], 0))  # of equals bf16, which has no scale
+    worth = pace.get(PRECISIONS[best], 0) > WORTH_IT * pace[th.float32]
+    yield f"recommended: --precision {best if worth else 'fp32'}"
 
 
 def _short(dtype):
@@ -221,46 +252,10 @@ def packages(found):
 # ------------------------------------------------------------------------------------------------- what a network is
 
 
-class Step:
-    """A training step on images of noise, apart from any run: what `Trainer` does with a batch, in one process."""
-
-    def __init__(self, args, flags, device):
-        net, diffusion = create_model_and_diffusion(**flags)
-        self.flags, self.device = flags, device
-        self.task = DiffusionTask(net.to(device), diffusion, create_named_schedule_sampler("uniform", diffusion))
-        self.precision = MixedPrecisionTrainer(model=net, use_fp16=flags["use_fp16"])
-        self.opt = make_adamw(self.precision.master_params, lr=args.lr, weight_decay=args.weight_decay)
-        self.averages = ema.parse(args.ema_rate, args.ema_halflife, args.ema_power)
-        self.ema_params = [copy.deepcopy(self.precision.master_params) for _ in self.averages]
-
-    def batch(self, n):
-        """(images of noise [n,C,H,W], the conditions that the network takes)."""
-        flags = self.flags
-        x = th.randn(n, flags["image_channels"], flags["image_size"], flags["image_size"], device=self.device)
-        cond = {"y": th.arange(n, device=self.device) % flags["num_classes"]} if flags["class_cond"] else {}
-        width = flags["vector_channels"]
-        return x, cond | ({"vector": th.randn(n, width, device=self.device)} if width else {})
-
-    def loss(self, x, cond):
-        """The sum of the losses of images [n,C,H,W]."""
-        t = th.arange(len(x), device=self.device) % self.task.num_timesteps
-        return self.task.loss(self.task.net, x, cond, t, th.randn_like(x))["loss"].sum()
-
-    def __call__(self, n, microbatch):
-        """An update from n images, so many at a time."""
-        self.precision.zero_grad()
-        for start in range(0, n, microbatch):
-            part = min(microbatch, n - start)
-            self.precision.backward(self.loss(*self.batch(part)) / n)
-        good, _ = self.precision.optimize(self.opt)
-        for average, params in zip(self.averages, self.ema_params):
-            update_ema(params, self.precision.master_params, rate=average.decay(1, n), where=good)
-
-
 def network(found):
     args, batch = found.args, found.args.batch_size
     free = memory.free_bytes(found.device)
-    step = found.step = Step(args, found.flags, found.device)
+    step = found.step = Step(args.kind, args, found.flags, found.device)
     params, masters = step.precision.model_params, step.precision.master_params
     yield f"{sum(p.numel() for p in params):,} parameters, {len(step.averages)} average(s)"
     fixed = memory.fixed_bytes(params, masters, len(step.averages))
@@ -273,7 +268,7 @@ def network(found):
     yield f"in all, {tried} images at a time: about {total / MIB:.0f} MiB{about}"
     fits = _fitting(found, free, sum(fixed.values()), each)
     if fits == 0:
-        raise ValueError("not even one image at a time fits: take a smaller network, --use_checkpoint or --use_fp16")
+        raise ValueError("not even one image at a time fits: take a smaller network, --use_checkpoint or 16 bits")
     how = "was tried" if found.device.type == "cuda" else "is estimated, not tried" if free else "is not known here"
     yield f"a microbatch of {fits} of the {batch} images of a batch fits; that {how}"
     found.microbatch = args.microbatch if args.microbatch > 0 else fits
@@ -315,7 +310,7 @@ def loader(found):
         yield "give --data_dir to have it measured"
         return
     shape = {"random_crop": args.random_crop, "random_flip": args.random_flip}
-    shape |= {"class_cond": args.class_cond, "vector_channels": args.vector_channels}
+    shape |= {"class_cond": labelled(args.kind, found.flags), "vector_channels": found.flags.get("vector_channels", 0)}
     data = program.open_data(args, found.flags, args.data_dir, **shape)
     for _ in range(2 * args.num_workers):  # what workers read ahead while nobody asks
         next(data)
@@ -343,23 +338,6 @@ OF_A_NETWORK = ("network", "training", "loader", "bottleneck")
 PARTS = {"launcher": launcher, "devices": devices, "threads": threads, "attention": attention, "precision": precision,
          "disk": disk, "packages": packages, "network": network, "training": training, "loader": loader,
          "bottleneck": bottleneck}  # fmt: skip
-
-
-def paced(action, device, seconds=3.0, most=1000, what=""):
-    """How often a second `action()` can be done, the first time left out; tried for so long, or `most` times."""
-    from tqdm.auto import tqdm
-
-    wait = th.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    with tqdm(desc=f"measuring {what}", unit="", disable=not what) as bar:
-        action()
-        wait()
-        start, n = time.monotonic(), 0
-        while n == 0 or (n < most and time.monotonic() - start < seconds):
-            action()
-            wait()
-            n += 1
-            bar.update()
-        return n / max(time.monotonic() - start, 1e-9)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ Averages of the weights over training: constant rates, half-lives in images, and
 snapshots any other length is put together afterwards (Karras et al. 2024, arXiv 2312.02696, section 3).
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,7 @@ class Power:
         return (1 - 1 / step) ** (power_of(self.sigma_rel) + 1)
 
 
+@functools.cache
 def power_of(sigma_rel):
     """
     The exponent of the power function of a relative standard deviation: the root above -1 of

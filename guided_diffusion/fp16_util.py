@@ -12,6 +12,7 @@ from .nn import convert_module_to_f16 as convert_module_to_f16  # the original's
 from .nn import convert_module_to_f32 as convert_module_to_f32
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
 
 
 class MixedPrecisionTrainer:
@@ -20,7 +21,9 @@ class MixedPrecisionTrainer:
     have float32 copies, and of a sharded model they are this process's parts. There is one for each of the model's
     parameters, so optimizer files fit all of these.
 
-    :param model: with `convert_to_fp16()` if use_fp16, which a sharded one cannot have.
+    :param model: with `convert_to(dtype)` for other precisions than fp32, which a sharded one cannot have.
+    :param precision: a row of PRECISIONS; "": fp16 if use_fp16, else fp32. Only fp16, whose numbers end at 65504 and
+        6e-8, needs a loss scale.
     :param fp16_scale_growth: what each good step adds to log2 of the loss scale.
     :param initial_lg_loss_scale: log2 of the first loss scale.
     :param grad_clip: the largest gradient norm; larger gradients are scaled down to it. 0: no limit.
@@ -31,17 +34,19 @@ class MixedPrecisionTrainer:
         *,
         model,
         use_fp16=False,
+        precision="",
         fp16_scale_growth=1e-3,
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         grad_clip=0.0,
     ):
         self.model, self.sharded = model, sharding.is_sharded(model)
-        self.use_fp16 = use_fp16
+        precision = precision or ("fp16" if use_fp16 else "fp32")
+        self.use_fp16 = precision == "fp16"
         self.fp16_scale_growth = fp16_scale_growth
         self.grad_clip = grad_clip
-        full = [(name, p.detach().clone()) for name, p in model.named_parameters()] if use_fp16 else []
-        if use_fp16:
-            model.convert_to_fp16()
+        full = [(name, p.detach().clone()) for name, p in model.named_parameters()] if precision != "fp32" else []
+        if precision != "fp32":
+            model.convert_to(PRECISIONS[precision])
         self.names, self.model_params = map(list, zip(*model.named_parameters()))
         masters = dict(full)
         self.master_params = [
@@ -55,7 +60,7 @@ class MixedPrecisionTrainer:
         self._copies = [(p, m) for p, m in zip(self.model_params, self.master_params) if p is not m]
         device = self.model_params[0].device
         precise = th.float32 if device.type == "mps" else th.float64
-        self._lg_loss_scale = th.tensor(initial_lg_loss_scale if use_fp16 else 0.0, dtype=precise, device=device)
+        self._lg_loss_scale = th.tensor(initial_lg_loss_scale if self.use_fp16 else 0.0, dtype=precise, device=device)
         self._counts = th.zeros(2, dtype=th.int64, device=device)  # of skipped steps: in a row, in all
 
     @property
@@ -159,8 +164,8 @@ class MixedPrecisionTrainer:
 
 @th.no_grad()
 def global_norm(tensors):
-    """L2 norm over all tensors together, on their device."""
-    return th.linalg.vector_norm(th.stack(th._foreach_norm(tensors)))
+    """L2 norm over all tensors together, float32 on their device."""
+    return th.linalg.vector_norm(th.stack(th._foreach_norm(tensors, dtype=th.float32)))  # of 16 bits, it may pass 65504
 
 
 def make_adamw(params, **options):

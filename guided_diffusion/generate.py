@@ -49,7 +49,7 @@ def sample_stream(
     seed=0,
     labels=None,
     num_classes=0,
-    vectors=None,
+    given=None,
     rule=None,
     path=None,
     clip_denoised=True,
@@ -62,21 +62,23 @@ def sample_stream(
     num_ranks=1,
     progress=False,
     on_step=None,
+    skip=None,
     **walk,
 ):
     """
-    Draw this rank's samples batch by batch and yield `(indices, x [n,C,H,W] in [-1,1], labels [n] or None)`.
+    Draw this rank's samples batch by batch and yield `(indices, x [n,C,H,W] in [-1,1], labels [n] or None)`. Batches
+    are of consecutive samples and go to the ranks in turn, so that how many ranks there are changes no sample.
 
-    :param model: `(x, timesteps, y=None, vector=None)`; without classes it is called without y, without vectors without
-        vector.
+    :param model: `(x, timesteps, y=None, **given)`; without classes it is called without y.
     :param shape: of one sample, (C, H, W).
     :param labels: [num_samples] classes to draw; None draws them at random from num_classes (0: no classes at all).
-    :param vectors: float [P,D], given to the samples in turn, or None.
+    :param given: {name: function of the indices} of what else the model is told of the samples, each [n, ...].
     :param rule: a step rule, which walks all rows of the process; None: what `planned` makes of `walk`.
     :param path: the process of all rows whose Brownian paths are the noise, so that it does not depend on the number of
         steps (`sampling.BrownianNoise`); None: fresh noise in every step.
     :param denoised_fn, cond_fn, guide, steer: as `GaussianDiffusion.predictor` takes them; rows are those of the walk.
     :param walk: what else `planned` takes.
+    :param skip: says of the indices of a batch whether it is to be left out.
     :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
     :raises ValueError: for no samples or no batch.
     """
@@ -85,8 +87,8 @@ def sample_stream(
     if rule is None:
         rule, diffusion = planned(diffusion, **walk)
     predict = diffusion.predictor(model, clip_denoised, denoised_fn, cond_fn, guide, steer)
-    mine = range(rank, num_samples, num_ranks)
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    all_batches = [range(num_samples)[start : start + batch_size] for start in range(0, num_samples, batch_size)]
+    batches = [indices for indices in all_batches[rank::num_ranks] if not (skip and skip(indices))]
     with progress_bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
         for number, indices in enumerate(batches):
             noise = sampling.SeededNoise(seed, indices, device)
@@ -94,8 +96,7 @@ def sample_stream(
             if labels is not None:
                 y = th.tensor([labels[i] for i in indices], device=device)
             cond = {} if y is None else {"y": y}
-            if vectors is not None:
-                cond["vector"] = vectors[[i % len(vectors) for i in indices]].to(device)
+            cond |= {name: of(indices).to(device) for name, of in (given or {}).items()}
             start = noise.normal(*shape)
             noise = sampling.BrownianNoise(seed, indices, path, device) if path else noise
             steps = sampling.sample(diffusion, predict, rule, start, noise=noise, cond=cond)
@@ -105,8 +106,41 @@ def sample_stream(
                     on_step(indices, diffusion.num_timesteps - step, x, pred)
             bar.update((number + 1) * diffusion.num_timesteps - bar.n)  # a step may take several rows
             _check_finite(x, indices)
-            bar.set_postfix(images=f"{min((number + 1) * batch_size * num_ranks, num_samples)}/{num_samples}")
+            bar.set_postfix(images=f"{min(indices[0] + num_ranks * batch_size, num_samples)}/{num_samples}")
             yield indices, x, y
+
+
+def reverse_process(diffusion, model, shape, count, frames=10, **how):
+    """
+    Samples on their way from noise to picture: (after how many steps, as texts; uint8 [count,H,W,C] at each).
+
+    :param shape: of one sample, (C, H, W).
+    :param frames: how many steps to show, equidistant from the first to the last.
+    :param how: goes to `sample_stream`.
+    """
+    steps = diffusion.num_timesteps
+    wanted = {round(step) for step in np.linspace(steps - 1, 0, frames)}
+    seen = []
+
+    def watch(indices, t, x, pred):
+        if t in wanted:
+            seen.append((t, pictures.to_uint8(x)))
+
+    stream = sample_stream(
+        diffusion, model, shape=shape, num_samples=count, batch_size=count, on_step=watch, **how
+    )
+    list(stream)
+    return [f"{steps - t}" for t, _ in seen], [x for _, x in seen]
+
+
+def save_frames(name, diffusion, model, count, frames, **how):
+    """
+    NAME_frames.png, a strip with a row for each of the first samples, and NAME_frames.gif, a film of them; the other
+    arguments are those of `reverse_process`.
+    """
+    after, seen = reverse_process(diffusion, model, count=count, frames=frames, **how)
+    pictures.strip(seen, column_labels=after).save(f"{name}_frames.png")
+    pictures.save_film(f"{name}_frames.gif", seen, columns=min(count, 4))
 
 
 def through(walk, count, batch_size, steps):

@@ -7,6 +7,7 @@ import time
 
 import torch as th
 
+from . import signals
 from .sharding import local
 
 # What one process tells the others before a step; the largest counts.
@@ -29,8 +30,6 @@ class StopSigns:
     :param max_minutes: from now; 0: no limit.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
     def __init__(self, max_minutes=0.0):
         if max_minutes < 0:
             raise ValueError(f"max_minutes must be 0 (no limit) or more, not {max_minutes}")
@@ -45,11 +44,11 @@ class StopSigns:
 
     @contextlib.contextmanager
     def listening(self):
-        """Catch the signals, a second one of a kind doing what it always does; only the main thread can."""
+        """Catch the signals, a second SIGINT doing what it always does; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        before = {number: signal.signal(number, self._note) for number in signals.ASKING}
         self._before = before
         try:
             yield
@@ -59,7 +58,8 @@ class StopSigns:
 
     def _note(self, number, frame):
         self.signalled = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:  # queues and launchers repeat the others, impatient people this one
+            signal.signal(number, self._before[number])
 
 
 @contextlib.contextmanager

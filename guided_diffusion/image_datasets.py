@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from .arrays import read_npz
+from .signals import heed_parent_alone
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 LABEL_RULES = ("auto", "prefix", "folder")
@@ -41,10 +42,12 @@ def load_data(
     *, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False, random_flip=True,
     image_channels=3, num_classes=None, num_workers=1, seed=0, skip_bad_images=False, class_names=None,
     label_from="auto", rank=0, num_ranks=1, first_batch=0, vector_channels=0,
+    once=False,
 ):
     """
-    Open `data_dir` and return an `ImageBatches`: an endless iterator of (x0, cond), where x0 is float32 [N,C,H,W] in
-    [-1,1] and cond holds, with `class_cond`, "y" int64 [N] and, with `vector_channels`, "vector" float32 [N,D].
+    Open `data_dir` and return an `ImageBatches`: an iterator, endless but with `once`, of (x0, cond), where x0 is
+    float32 [N,C,H,W] in [-1,1] and cond holds, with `class_cond`, "y" int64 [N] and, with `vector_channels`, "vector"
+    float32 [N,D].
 
     :param data_dir: a folder of images (searched in depth) or an npz file with `arr_0` uint8 [N,H,W,C] and, for labels,
         `arr_1` integers [N], for vectors `vectors` floats [N,D] or, where an image has M texts, [N,M,D].
@@ -61,11 +64,16 @@ def load_data(
     :param vector_channels: D, the width of the vectors to give with the images; 0: none. Of M vectors one is drawn for
         each image in each epoch.
     :param first_batch: begin this many batches later; a resumed run goes on where it stopped.
+    :param once: end after one pass over all images, whose last batch may be smaller or, of a rank without images,
+        absent; an endless stream leaves out what makes no full batch.
     :raises ValueError, FileNotFoundError: data or options that cannot work, before anything is decoded. An unreadable
         image raises ValueError from the batch that meets it.
     """
     source = _open_source(data_dir, class_cond, label_from, class_names, vector_channels)
-    batches_per_epoch = _batches_per_epoch(data_dir, len(source.images), batch_size, num_ranks)
+    if once:
+        batches_per_epoch = math.ceil(len(range(rank, len(source.images), num_ranks)) / max(batch_size, 1))
+    else:
+        batches_per_epoch = _batches_per_epoch(data_dir, len(source.images), batch_size, num_ranks)
     if class_cond:
         _check_labels(source, num_classes)
         source.class_names = source.class_names or [str(label) for label in range(source.labels.max() + 1)]
@@ -73,12 +81,15 @@ def load_data(
         image_size, source.images, source.labels, random_crop=random_crop, random_flip=random_flip,
         image_channels=image_channels, seed=seed, vectors=source.vectors,
     )
-    order_seed = None if deterministic else seed
+    keys = _batch_keys(
+        len(dataset), batch_size, batches_per_epoch, None if deterministic else seed, rank, num_ranks, first_batch
+    )
     loader = DataLoader(
         _BatchReader(dataset, skip_bad_images),
         batch_size=None,  # a key of the sampler is a whole batch
-        sampler=_batch_keys(len(dataset), batch_size, batches_per_epoch, order_seed, rank, num_ranks, first_batch),
+        sampler=itertools.islice(keys, batches_per_epoch if once else None),
         num_workers=num_workers,
+        worker_init_fn=heed_parent_alone,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
     return ImageBatches(loader, source, batches_per_epoch, _fingerprint(source, str(data_dir)))
@@ -88,9 +99,10 @@ def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
     """Full batches that every rank has in an epoch; all ranks drop the same tail, so that their epochs end together."""
     images_per_rank = num_images // num_ranks
     if not 1 <= batch_size <= images_per_rank:
+        remedy = f"pass a batch_size from 1 to {images_per_rank}" if images_per_rank else "use fewer processes"
         raise ValueError(
             f"{data_dir} holds {num_images} images, {images_per_rank} for each of {num_ranks} rank(s), which makes no "
-            f"batch of {batch_size}: pass a batch_size from 1 to {max(images_per_rank, 1)}, or add images"
+            f"batch of {batch_size}: {remedy}, or add images"
         )
     return images_per_rank // batch_size
 
@@ -250,11 +262,12 @@ def _resize_short_side(pil_image, length):
     return np.array(pil_image.resize(sides, Image.Resampling.BICUBIC))
 
 
-def _decode(source, mode):
+def _decode(source, mode, file=None):
+    """The PIL image of a path or of uint8 [H,W,C]; file: opened by the caller, and `source` only its name."""
     if isinstance(source, np.ndarray):  # [H,W,C]
         return Image.fromarray(source[..., 0] if source.shape[-1] == 1 else source).convert(mode)
     try:
-        with _open_binary(source) as file:
+        with file or _open_binary(source) as file:
             image = Image.open(file)
             image.load()
         if image.mode[0] in "IF":

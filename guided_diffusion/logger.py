@@ -1,5 +1,6 @@
 """
-Key-value and text logging to the terminal, log.txt, progress.csv, progress.json (one object a line) and TensorBoard.
+Key-value and text logging to the terminal, log.txt, progress.csv, progress.json (one object a line, as progress.jsonl
+is under its usual name), TensorBoard and Weights & Biases.
 
 The interface is that of the OpenAI baselines logger. Files are appended to, never truncated: a run that comes back to
 its folder goes on with its own log.
@@ -9,6 +10,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -94,7 +96,7 @@ class CSVOutputFormat(KVWriter):
         new = sorted(kvs.keys() - set(self.keys))
         if new:
             self._add_columns(new)
-        with open(self.filename, "a", encoding="utf-8", newline="") as file:
+        with _appending(self.filename) as file:
             self._writer(file).writerow([kvs.get(key) for key in self.keys])
 
     def _add_columns(self, new):
@@ -135,18 +137,55 @@ class TensorBoardOutputFormat(KVWriter):
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def writeimage(self, name, path, step):
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
     def close(self):
         self.writer.close()
 
 
+class WandbOutputFormat(KVWriter):
+    """
+    A run of Weights & Biases, of the project $WANDB_PROJECT or guided-diffusion; the same again for the same folder, so
+    that a run which goes on does so there too. WANDB_MODE=offline writes it to the folder only.
+    """
+
+    def __init__(self, dir):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("log format wandb needs the package wandb: pip install wandb") from None
+        self.wandb, dir = wandb, os.path.abspath(dir)
+        self.run = wandb.init(
+            dir=dir, name=os.path.basename(dir), id=hashlib.sha256(dir.encode()).hexdigest()[:16], resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "guided-diffusion"),
+        )  # fmt: skip
+
+    def writekvs(self, kvs):
+        row = {name: value for name, value in kvs.items() if isinstance(value, (int, float))}
+        self.run.log(row, step=int(kvs["step"]) if "step" in kvs else None)
+
+    def writeimage(self, name, path, step):
+        self.run.log({name: self.wandb.Image(path)}, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
 def make_output_format(format, ev_dir, log_suffix=""):
-    """The writer called stdout, log, json, csv or tensorboard, for files in `ev_dir` with `log_suffix` in the name."""
+    """The writer of one of the names below, for files in `ev_dir` with `log_suffix` in the name."""
     makers = {
         "stdout": lambda: HumanOutputFormat(sys.stdout),
         "log": lambda: HumanOutputFormat(os.path.join(ev_dir, f"log{log_suffix}.txt")),
         "json": lambda: JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json")),
+        "jsonl": lambda: JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.jsonl")),
         "csv": lambda: CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv")),
         "tensorboard": lambda: TensorBoardOutputFormat(os.path.join(ev_dir, f"tb{log_suffix}")),
+        "wandb": lambda: WandbOutputFormat(ev_dir),
     }
     if format not in makers:
         raise ValueError(f"unknown log format {format!r}; choose from {', '.join(makers)}")
@@ -163,8 +202,17 @@ def _truncate(text, longest=30):
 
 
 def _append(filename, line):
-    with open(filename, "a", encoding="utf-8") as file:
+    with _appending(filename) as file:
         file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def _appending(filename):
+    try:
+        with open(filename, "a", encoding="utf-8", newline="") as file:
+            yield file
+    except OSError as error:  # of a write, it does not name the file
+        raise OSError(f"cannot write {filename}: {error.strerror or error}") from error
 
 
 def _drop_unfinished_line(filename):
@@ -180,7 +228,7 @@ def rewind(dir, step):
     Take the rows of later steps than `step` out of the progress files of a folder: a run that goes on from that step
     writes them again. Call it before `configure`.
     """
-    for name, parse in (("progress.csv", _csv_steps), ("progress.json", _json_steps)):
+    for name, parse in (("progress.csv", _csv_steps), ("progress.json", _json_steps), ("progress.jsonl", _json_steps)):
         path = os.path.join(dir, name)
         if os.path.exists(path):
             _drop_unfinished_line(path)
@@ -224,6 +272,13 @@ def logkvs(d):
 def dumpkvs():
     """Write the row to every output, start an empty one, and return it."""
     return get_current().dumpkvs()
+
+
+def logimage(name, path, step):
+    """Show the picture file `path` under a name in the outputs that have pictures."""
+    for writer in get_current().output_formats:
+        if hasattr(writer, "writeimage"):
+            writer.writeimage(name, path, step)
 
 
 def getkvs():

@@ -109,7 +109,7 @@ def device_name(device):
 
 def network_of(flags):
     """What of a network's flags memory depends on."""
-    names = [*config.options(config.ModelOptions), "learn_sigma"]
+    names = [*config.options(config.ModelOptions, config.ClassifierOptions), "learn_sigma"]
     return {name: flags[name] for name in names if name in flags}
 
 

@@ -130,27 +130,37 @@ class CheckpointFunction:
         return checkpoint(func, args[:length], args[length:], True)
 
 
+def convert_convolution(module, dtype):
+    """Convert the parameters of a convolution; leave any other module alone."""
+    if isinstance(module, tuple(_CONVS.values())):
+        module.to(dtype)
+
+
 def convert_module_to_f16(module):
     """Convert the parameters of a convolution to float16; leave any other module alone. For `Module.apply`."""
-    if isinstance(module, tuple(_CONVS.values())):
-        module.half()
+    convert_convolution(module, torch.float16)
 
 
 def convert_module_to_f32(module):
     """Undo `convert_module_to_f16`."""
-    if isinstance(module, tuple(_CONVS.values())):
-        module.float()
+    convert_convolution(module, torch.float32)
 
 
 class HalfBody:
     """A network with a body, the modules of `_half_modules()`, that can compute in half precision."""
 
-    def convert_to_fp16(self):
-        """Turn the convolutions of the body to float16; linear layers, norms, embeddings and the end stay float32."""
+    def convert_to(self, dtype):
+        """
+        Turn the convolutions of the body to a dtype, and with them its arithmetic; linear layers, norms, embeddings,
+        softmaxes and the end stay float32.
+        """
         for module in self._half_modules():
-            module.apply(convert_module_to_f16)
+            module.apply(lambda each: convert_convolution(each, dtype))
+
+    def convert_to_fp16(self):
+        """`convert_to(torch.float16)`."""
+        self.convert_to(torch.float16)
 
     def convert_to_fp32(self):
-        """Undo convert_to_fp16."""
-        for module in self._half_modules():
-            module.apply(convert_module_to_f32)
+        """Undo it."""
+        self.convert_to(torch.float32)

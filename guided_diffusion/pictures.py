@@ -27,6 +27,16 @@ def to_uint8(x):
     return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [N,H,W,C]
 
 
+def from_uint8(images):
+    """uint8 [N,H,W,C], array or tensor -> float32 [N,C,H,W] in [-1,1], as training reads images."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1               # [N,C,H,W]
+
+
+def nearest_uint8(x):
+    """The inverse of `from_uint8`: rounded, not truncated as drawn samples are, so that pixels come back exactly."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # [N,H,W,C]
+
+
 def psnr(x, truth):
     """Peak signal-to-noise ratio of [N,C,H,W] in [-1,1], in dB: 10 log10(4 / mean square error), [N]; inf if equal."""
     return 10 * torch.log10(4 / (x - truth).square().flatten(1).mean(1))
@@ -83,6 +93,25 @@ def save_grid(path, images, columns, **captions):
     grid(images, columns, **captions).save(path)
 
 
+def as_png(pixels):
+    """The bytes of a PNG of uint8 [H,W,C], C 1, 3 or 4; the same for the same pixels."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def save_film(path, frames, columns, frame_ms=120, last_ms=1500, **captions):
+    """A GIF whose frames are grids of samples, the last one staying longest; frames: S times uint8 [N,H,W,C]."""
+    _make_folder(path)
+    shown = [grid(frame, columns, **captions) for frame in frames]
+    durations = [frame_ms] * (len(shown) - 1) + [last_ms]
+    shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0)
+
+
 def strip(frames, **captions):
     """A grid whose columns are the steps of a process and whose rows are samples; frames: S times uint8 [N,H,W,C]."""
     images = np.stack([np.asarray(frame) for frame in frames], axis=1)  # [N,S,H,W,C]
@@ -90,7 +119,19 @@ def strip(frames, **captions):
 
 
 def save_curves(path, curves, xlabel, ylabel, title, logy=False):
-    """Draw {name: (xs, ys)} as lines into the picture file `path`; the names stand in a legend if there are several."""
+    """Write `draw_curves` of the rest as the picture file `path`, making its folder if need be."""
+    figure = draw_curves(curves, xlabel, ylabel, title, logy)
+    _make_folder(path)
+    figure.savefig(path)
+
+
+def draw_curves(curves, xlabel, ylabel, title, logy=False):
+    """
+    A matplotlib figure of {name: (xs, ys)} as lines; the names stand in a legend if there are several.
+
+    (xs, ys, errors) has bars of that length above and below each point, and (xs, ys, errors of xs, errors) to the sides
+    as well; None: no bars.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,16 +139,20 @@ def save_curves(path, curves, xlabel, ylabel, title, logy=False):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_prop_cycle(color=LINE_COLOURS)
-    for name, (xs, ys) in curves.items():
-        axes.plot(xs, ys, label=name, linewidth=1.6, marker="o" if len(xs) <= 12 else None, markersize=4)
+    for name, (xs, ys, *bars) in curves.items():
+        how = {"label": name, "linewidth": 1.6, "marker": "o" if len(xs) <= 12 else None, "markersize": 4}
+        if bars:
+            across, along = [None, *bars][-2:]
+            axes.errorbar(xs, ys, along, across, capsize=2, elinewidth=1, **how)
+        else:
+            axes.plot(xs, ys, **how)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
     axes.set_title(title, loc="left", fontweight="bold")
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         figure.legend(frameon=False, loc="outside lower center", ncols=2)  # where it hides no line
-    _make_folder(path)
-    figure.savefig(path)
+    return figure
 
 
 def _make_folder(path):

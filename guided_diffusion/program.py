@@ -1,17 +1,22 @@
 """What every program does first: find its processes and device, its folder and its log."""
 
 import argparse
+import math
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch as th
 
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
-from .generate import collect, planned, sample_stream, save_samples
+from .fp16_util import PRECISIONS
+from .generate import planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
-from .script_util import open_diffusion
+from .pace import convolution_rate
+from .sample_store import SampleStore, drain, parse_kinds, plan_of
+from .script_util import open_diffusion, open_super_res
 
 
 def start(args, *settled_later):
@@ -38,9 +43,9 @@ def start(args, *settled_later):
         checkpoint.check_writable(folder)
         taken = dist_util.from_main(runs.take_up, log_dir, folder, args.resume, args.resume_checkpoint)
         args.resume_checkpoint, said = taken
-        logger.configure(dir=log_dir)
+        logger.configure(dir=log_dir, format_strs=config.log_formats(args, dist_util.is_main()))
     else:
-        logger.configure(dir=folder)
+        logger.configure(dir=folder, format_strs=config.log_formats(args, dist_util.is_main()))
     for line in said:
         logger.warn(line)
     th.manual_seed(args.seed)  # of the weights that training starts from; all else has generators of its own
@@ -153,7 +158,7 @@ def open_data(args, flags, data_dir, **how):
     data = load_data(
         data_dir=data_dir,
         batch_size=args.batch_size,
-        image_size=flags["image_size"],
+        image_size=config.side_of(flags),
         image_channels=flags["image_channels"],
         num_classes=flags["num_classes"],
         num_workers=args.num_workers,
@@ -204,6 +209,25 @@ def open_images(args, flags, labelled):
     return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
 
 
+def precision_of(args, flags, name):
+    """The precision of a network to train, by --precision or its flag `name`; said if it is slow here."""
+    precision = config.precision_of(args.precision, flags[name], name)
+    if precision != "fp32":
+        rate = {each: convolution_rate(PRECISIONS[each], dist_util.dev()) for each in ("fp32", precision)}
+        if rate[precision] < 0.8 * rate["fp32"]:
+            logger.warn(
+                f"{precision} is {rate['fp32'] / rate[precision]:.1f} times slower than fp32 on this device, by its"
+                " convolutions: fp32 will do better, unless memory counts most"
+            )
+    return precision
+
+
+def dropping(flags):
+    """What training does with the conditions of a network of these flags: `Trainer`'s drop, or None."""
+    null = config.nulls(flags)
+    return partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
+
+
 def alone():
     """Raise ValueError if several processes run a program that does its work in one."""
     if dist_util.world_size() > 1:
@@ -245,7 +269,8 @@ def run(main):
         if code:
             sys.exit(code)
 
-    config.run_program(leave_together)
+    with dist_util.leaving():
+        config.run_program(leave_together)
 
 
 def guide_of(args, flags, diffusion):
@@ -380,9 +405,10 @@ def walk_of(args):
 def worse_model(args, flags):
     """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
     explicit = {"timestep_respacing": flags["timestep_respacing"]}
-    network, diffusion, its_flags = open_diffusion(args.guide_path, explicit, dist_util.dev())
-    names = "image_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"
-    for name in names.split():
+    opened = open_super_res if "large_size" in flags else open_diffusion
+    network, diffusion, its_flags = opened(args.guide_path, explicit, dist_util.dev())
+    names = "image_size large_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"
+    for name in flags.keys() & set(names.split()):
         if flags[name] != its_flags[name]:
             raise ValueError(
                 f"--guide_path: the model has {name} {flags[name]} and {args.guide_path} has {its_flags[name]}: only a"
@@ -391,40 +417,82 @@ def worse_model(args, flags):
     return planned(diffusion, **walk_of(args))[1].predictor(network, clip_denoised=False)
 
 
-def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None):
+def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None, through=None):
     """
     Draw the samples that SampleOptions ask for and write them; `flags` tell their shape.
 
     :param cond_fn: see `steer_of`; with one, `args` has ClassifierSampleOptions.
+    :param through: who else sees the samples as they come: a function from stream to stream (EvaluateOptions).
     """
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
-    labels = config.parse_classes(args.classes, num_classes, args.num_samples, names)
-    full = diffusion
+    labels, vectors = config.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
+    given = {} if vectors is None else {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
+    how = {"labels": labels, "num_classes": num_classes, "given": given}
+    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, through, **how)
+    if dist_util.is_main() and store and not store.finished:
+        labels, more = store.labels, {}
+        if args.prompts:
+            names, labels = list(args.prompts), np.arange(args.num_samples) % len(args.prompts)
+            more["texts"] = np.array(names)[labels]
+        if args.grid:
+            save_class_grid(f"{store.path}.png", store.images, labels, names)
+        store.finish(None if args.prompts else names, **more)
+        logger.log(f"samples: {', '.join(map(store.path_of, store.kinds))}")
+    dist_util.barrier()
+
+
+def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, **how):
+    """
+    Draw `count` samples as the options of sampling say, by all processes, beginning where a run that was broken off
+    stopped. Returns their SampleStore, `finished` if there was nothing left to do; None with --save_samples False.
+
+    :param cond_fn: see `steer_of`.
+    :param through: see `write_samples`.
+    :param how: what each sample is conditioned on, as `sample_stream` takes it.
+    """
+    config.check_counts(args)
+    if args.frames < 0 or args.frames == 1:
+        raise ValueError(f"--frames is how many pictures a walk is shown in, 2 or more, or 0, not {args.frames}")
+    full, side = diffusion, config.side_of(flags)
     rule, diffusion = planned(full, **walk_of(args))
-    guide = guide_of(args, flags, diffusion)
+    how |= {
+        "shape": (flags["image_channels"], side, side),
+        "seed": args.seed,
+        "rule": rule,
+        "path": full if args.brownian else None,
+        "clip_denoised": args.clip_denoised,
+        "denoised_fn": guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
+        "guide": guide_of(args, flags, diffusion),
+        "steer": steer_of(args, diffusion, cond_fn),
+        "device": dist_util.dev(),
+    }
+    store = None
+    if args.save_samples:
+        store = SampleStore(folder, (count, side, side, flags["image_channels"]), plan_of(args, flags),
+                            parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
+    if store and store.finished:
+        logger.log(f"{store.path} is finished already: delete {store.path}.json to draw it again")
+        drain((), store, through, args.batch_size)
+        return store
+    ranks, batches = dist_util.world_size(), math.ceil(count / args.batch_size)
+    if batches < ranks:
+        logger.warn(
+            f"{count} samples in batches of {args.batch_size} give work to {batches} of {ranks} processes: lower"
+            f" --batch_size to {math.ceil(count / ranks)}"
+        )
     stream = sample_stream(
         diffusion,
         model,
-        shape=(flags["image_channels"], flags["image_size"], flags["image_size"]),
-        num_samples=args.num_samples,
+        num_samples=count,
         batch_size=args.batch_size,
-        seed=args.seed,
-        labels=labels,
-        num_classes=num_classes,
-        vectors=vectors_of(args, flags),
-        rule=rule,
-        path=full if args.brownian else None,
-        clip_denoised=args.clip_denoised,
-        denoised_fn=guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
-        guide=guide,
-        steer=steer_of(args, diffusion, cond_fn),
-        device=dist_util.dev(),
         rank=dist_util.rank(),
-        num_ranks=dist_util.world_size(),
+        num_ranks=ranks,
         progress=True,
+        skip=store and store.has,
+        **how,
     )
-    result = collect(stream)
-    if result is not None:
-        logger.log(f"samples: {save_samples(folder, *result, names, args.grid, args.prompts)}")
-    dist_util.barrier()
+    drain(stream, store, through, args.batch_size)
+    if args.frames and dist_util.is_main():
+        save_frames(os.path.join(folder, "samples"), diffusion, model, min(count, 8), args.frames, **how)
+    return store

@@ -220,7 +220,7 @@ def misfits(flags, inferred):
         return wrong
     # Different texts of these two can mean the same network.
     is_super_res = inferred["kind"] == "super_res"
-    size = inferred.get("image_size") or flags["large_size" if is_super_res else "image_size"]
+    size = inferred.get("image_size") or config.side_of(flags)
     base = inferred["classifier_width" if prefix else "num_channels"]
     told = config.parse_channel_mult(inferred[mult_name])
     mult = ()

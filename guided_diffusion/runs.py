@@ -31,17 +31,23 @@ def take_up(log_dir, folder, resume, resume_checkpoint):
     :param resume: "auto": the newest whole checkpoint of the folder, if there is one; "never": none.
     :param resume_checkpoint: what to begin from otherwise, or "".
     :return: (path or "", lines for the log).
-    :raises ValueError: with "never", if the folder holds checkpoints; if `resume_checkpoint` is damaged.
+    :raises ValueError: with "never", if the folder holds a run; if all that were written whole are damaged; if
+        `resume_checkpoint` is.
     :raises OSError: if another run is in the folder.
     """
     for each in dict.fromkeys((log_dir, folder)):
         _locks.append(saves.Lock(each).acquire())
     saves.sweep(folder)
     held, problems = saves.newest(folder)
-    if resume == "never" and (held or problems):
+    if resume == "never" and (held or problems or checkpoint.exists(os.path.join(folder, CAPSULE_NAME))):
         raise ValueError(
-            f"{folder} holds the checkpoints of a run and --resume is never: choose another --log_dir, or leave"
-            " --resume away to go on"
+            f"{folder} holds the checkpoints of a run, or its {CAPSULE_NAME}, and --resume is never: choose another"
+            " --log_dir, or leave --resume away to go on"
+        )
+    if not (held or resume_checkpoint) and saves.committed(checkpoint.names_in(folder)):
+        raise ValueError(
+            f"no checkpoint of {folder} is whole ({'; '.join(problems)}): to begin anew, move them away or choose"
+            " another --log_dir"
         )
     said = [f"passed over: {problem}" for problem in problems]
     step = checkpoint.parse_resume_step_from_filename
@@ -97,13 +103,14 @@ def record(folder, args, data, resumed_from):
     """
     identity = {"seed": args.seed, "data": data.fingerprint, "num_images": data.num_images}
     earlier = read(folder) if resumed_from else None
-    _check_same(folder, earlier, identity, args.force)
+    _check_same(folder, earlier, identity, args.data_dir, args.force)
     starts = (earlier or {"starts": []})["starts"]
     options = {name: value for name, value in vars(args).items() if name != "explicit"}
+    now = surroundings()
     if starts:
-        for line in changes(starts[-1]["options"], options):
+        for line in changes(starts[-1]["options"], options) + differences(starts[-1], now):
             logger.log(f"changed since the last start: {line}")
-    starts = [*starts, {"command": command_line(), "resumed_from": resumed_from, "options": options, **surroundings()}]
+    starts = [*starts, {"command": command_line(), "resumed_from": resumed_from, "options": options, **now}]
     content = {"format": FORMAT, "identity": identity, "starts": starts}
     with checkpoint.writing(os.path.join(folder, CAPSULE_NAME)) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
@@ -131,17 +138,24 @@ def read(folder):
         raise ValueError(f"{path} cannot be read ({lacks}{error}): mend it, or move it away") from error
 
 
-def _check_same(folder, earlier, identity, force):
-    for name, now in identity.items():
-        before = earlier["identity"].get(name, now) if earlier else now
-        if before != now:
-            told = (
-                f"the checkpoints of {folder} come from a run with {name} {before}, this one has {now}: it would be "
-                "neither run"
+def _check_same(folder, earlier, identity, data_dir, force):
+    if not earlier:
+        return
+    then = {**identity, **earlier["identity"]}
+    differing = []
+    if then["seed"] != identity["seed"]:
+        differing.append(("seed", then["seed"], identity["seed"]))
+    if (then["data"], then["num_images"]) != (identity["data"], identity["num_images"]):
+        dirs = earlier["starts"][-1]["options"].get("data_dir"), data_dir
+        differing.append(("data", *(f"{each['num_images']} images in {where} ({each['data']})"
+                                    for each, where in zip((then, identity), dirs))))  # fmt: skip
+    for name, before, now in differing:
+        told = f"the checkpoints of {folder} come from a run with {name} {before}, this one has {now}"
+        if not force:
+            raise ValueError(
+                f"{told}: it would be neither run; choose another --log_dir, or go on all the same by --force True"
             )
-            if not force:
-                raise ValueError(f"{told}; choose another --log_dir, or go on all the same by --force True")
-            logger.warn(f"{told}; going on by --force")
+        logger.warn(f"{told}; going on by --force")
 
 
 def changes(before, now):
@@ -255,11 +269,15 @@ def _flat(start):
 
 def differences(start, now):
     """What of software, source and machine is not as it was at a start: lines for the reader."""
-    before, after = ({"python": each["python"], **each["packages"]} for each in (start, now))
-    lines = [f"{name} {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-             for name in before | after if before.get(name) != after.get(name)]  # fmt: skip
+    lines = differing(*({"python": each["python"], **each["packages"]} for each in (start, now)))
     then, today = _flat(start), _flat(now)
     return lines + [f"{k}: {then[k]} -> {today[k]}" for k in ("source", "machine") if then[k] != today[k]]
+
+
+def differing(before, after):
+    """["name version -> other version"] of two {package: version}."""
+    return [f"{name} {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+            for name in before | after if before.get(name) != after.get(name)]  # fmt: skip
 
 
 def fingerprint_now(start):
@@ -277,7 +295,7 @@ def fingerprint_now(start):
     data = load_data(
         data_dir=path,
         batch_size=1,
-        image_size=options["image_size"],
+        image_size=config.side_of(options),
         class_cond=options.get("class_cond", True),  # a classifier always is
         label_from=options["label_from"],
         num_workers=0,

@@ -159,30 +159,57 @@ def newest(folder):
 
 
 def _steps(names):
-    found = (re.fullmatch(r"(?:model(\d+)\.pt|commit(\d+)\.json)", name) for name in names)
-    return {int(match[1] or match[2]) for match in found if match}
+    """The steps of which there is a model or a commit file or, left by a save that came to neither, any other."""
+    found = (re.fullmatch(r"(?:model|opt|state|commit|ema_(?!posthoc).*_)(\d+)\.(?:pt|json)", name) for name in names)
+    return {int(match[1]) for match in found if match}
+
+
+def committed(names):
+    """The steps, ascending, of which there is a commit file among the names of a folder."""
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"commit(\d+)\.json", name)))
 
 
 def problem(folder, step, names):
     """What is wrong with the checkpoint of a step, or None. A folder without any commit file is another program's."""
     name = commit_name(step)
     if name not in names:
-        if not any(re.fullmatch(r"commit\d+\.json", other) for other in names):
+        if checkpoint.model_name(step) in names and not committed(names):
             return None
-        return f"{checkpoint.model_name(step)} has no {name}: its save was cut short"
+        return f"update {step} has no {name}: its save was cut short"
     try:
         listed = _read_commit(os.path.join(folder, name))
     except ValueError as error:
         return str(error)
     for name, expected in listed.items():
-        if name not in names:
-            return f"{name} is missing"
-        size, digest = _measure(os.path.join(folder, name))
-        if size != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if digest != expected["sha256"]:
-            return f"{name} is damaged: its SHA-256 is not the one that was written"
+        wrong = _misfit(os.path.join(folder, name), expected) if name in names else f"{name} is missing"
+        if wrong:
+            return wrong
     return None
+
+
+def _misfit(path, expected):
+    """In which way a file is not the one that a commit file lists, or None."""
+    name, (size, digest) = os.path.basename(path), measure(path)
+    if size != expected["bytes"]:
+        return f"{name} has {size} bytes instead of {expected['bytes']}"
+    if digest != expected["sha256"]:
+        return f"{name} is damaged: its SHA-256 is not the one that was written"
+    return None
+
+
+def check_file(path):
+    """
+    Look at one file of a checkpoint before it is used. One that no commit file beside it lists passes.
+
+    :raises ValueError: if it is not what its commit file lists, or that cannot be read.
+    """
+    folder, name = os.path.split(os.fspath(path))
+    step = re.search(r"(\d+)\.pt$", name)
+    commit = step and os.path.join(folder, commit_name(int(step[1])))
+    if commit and checkpoint.exists(commit) and checkpoint.exists(path):
+        expected = _read_commit(commit).get(name)
+        if wrong := expected and _misfit(path, expected):
+            raise ValueError(f"{path}: {wrong}; take another, or, if it was changed on purpose, delete {commit}")
 
 
 def _read_commit(path):
@@ -198,7 +225,8 @@ def _read_commit(path):
         raise ValueError(f"{os.path.basename(path)} cannot be read ({error})") from error
 
 
-def _measure(path):
+def measure(path):
+    """(bytes, SHA-256 in hex) of a file."""
     digest, size = hashlib.sha256(), 0
     with checkpoint.reading(path) as file:
         while block := file.read(1 << 20):
@@ -214,9 +242,7 @@ def prune(folder, keep_last, keep_every=0, best=None):
     """
     if not keep_last:
         return
-    names = checkpoint.names_in(folder)
-    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"commit(\d+)\.json", name)))
-    for step in steps[:-keep_last]:
+    for step in committed(checkpoint.names_in(folder))[:-keep_last]:
         if step == best or (keep_every and step % keep_every == 0):
             continue
         commit = os.path.join(folder, commit_name(step))

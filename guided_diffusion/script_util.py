@@ -5,9 +5,10 @@ import inspect
 
 import torch
 
-from . import checkpoint, config, published, recognition
+from . import checkpoint, config, published, recognition, saves
 from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
 from .film_unet import Unet as FilmUnet
+from .fp16_util import PRECISIONS
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .identify import identify
 from .respace import SpacedDiffusion, space_timesteps
@@ -360,15 +361,17 @@ def open_classifier(path, explicit_flags=None, device="cpu"):
 
 def _open(path, kind, fp16, explicit, device):
     path = published.locate(path)
+    saves.check_file(path)
     place = torch.device(device).type
     state = checkpoint.load(path, "meta" if place == "meta" else "cpu")
     flags = identify(path, kind, state, explicit, explicit.get("preset", ""))
     if place == "cpu" and fp16 not in explicit:
         flags[fp16] = False
+    precision = config.precision_of(explicit.get("precision", ""), flags[fp16], fp16)
     with torch.device("meta"):  # nothing is drawn that the file is to replace
         network = build(kind, flags)
     recognition.load_weights(network, state, path=path, flags=flags)
     network.to(device)
-    if flags[fp16]:
-        network.convert_to_fp16()
+    if precision != "fp32":
+        network.convert_to(PRECISIONS[precision])
     return network.eval(), flags

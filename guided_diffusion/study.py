@@ -72,8 +72,7 @@ def pack(data, path, image_size, most=10000):
     how = {"data_dir": str(data), "image_size": image_size, "image_channels": 1, "class_cond": True, "num_workers": 0}
     count = min(most, load_data(**how, batch_size=1, deterministic=True).num_images)
     x, cond = next(load_data(**how, batch_size=count, deterministic=True, random_flip=False))
-    pixels = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # [N,S,S,1]
-    np.savez(path, arr_0=pixels.numpy(), arr_1=cond["y"].numpy())
+    np.savez(path, arr_0=pictures.nearest_uint8(x).numpy(), arr_1=cond["y"].numpy())
     return path
 
 
@@ -97,33 +96,10 @@ def save_noising(path, diffusion, images, frames=10):
     save_strip(path, steps, column_labels=[f"t={t}" for t in rows], title=title)
 
 
-def reverse_process(diffusion, model, shape, count, frames=10, **how):
-    """
-    Samples on their way from noise to picture: (after how many steps, as texts; uint8 [count,H,W,C] at each).
-
-    :param shape: of one sample, (C, H, W).
-    :param frames: how many steps to show, equidistant from the first to the last.
-    :param how: goes to `generate.sample_stream`.
-    """
-    steps = diffusion.num_timesteps
-    wanted = {round(step) for step in np.linspace(steps - 1, 0, frames)}
-    seen = []
-
-    def watch(indices, t, x, pred):
-        if t in wanted:
-            seen.append((t, pictures.to_uint8(x)))
-
-    stream = generate.sample_stream(
-        diffusion, model, shape=shape, num_samples=count, batch_size=count, on_step=watch, **how
-    )
-    list(stream)
-    return [f"{steps - t}" for t, _ in seen], [x for _, x in seen]
-
-
 def save_reverse_process(path, diffusion, model, image_size, title, seed=0, frames=10, **how):
     """A strip of ten grey images, one a class, from noise to picture; `how` goes to `generate.sample_stream`."""
     shape, labels = (1, image_size, image_size), list(range(10))
-    after, seen = reverse_process(diffusion, model, shape, 10, frames, seed=seed, labels=labels, **how)
+    after, seen = generate.reverse_process(diffusion, model, shape, 10, frames, seed=seed, labels=labels, **how)
     save_strip(path, seen, row_labels=list("0123456789"), column_labels=after, title=title)
 
 

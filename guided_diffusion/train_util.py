@@ -18,11 +18,13 @@ from .sharding import shard
 from .tally import Tally, merged
 from .tasks import ClassifierTask as ClassifierTask
 from .tasks import DiffusionTask as DiffusionTask
+from .tasks import SuperResTask as SuperResTask
 from .tasks import compute_top_k as compute_top_k
 
 STATE_FORMAT = 1
-# First words of seeds, which keep the families of random numbers apart: of training, and of validation.
-_TRAIN, _VALIDATE = 0, 1
+# First words of seeds, which keep the families of random numbers apart: of training, of validation, and of what either
+# is conditioned on.
+_TRAIN, _VALIDATE, _CONDITION = 0, 1, 2
 
 
 class Trainer:
@@ -43,6 +45,7 @@ class Trainer:
     :param lr_schedule: a row of LR_SCHEDULES; all but "constant" end with `lr_anneal_steps`.
     :param lr_anneal_steps: let the rate fall to 0 over so many updates, and stop there (0: constant).
     :param lr_warmup: let the rate rise linearly from 0 over so many updates first.
+    :param precision: fp32, bf16 or fp16; "": as use_fp16 says.
     :param grad_clip: largest gradient norm (0: no limit).
     :param max_bad_steps: stop when so many steps in a row had no finite gradient; seen when a row of the log is due.
     :param max_minutes: save and stop after so many minutes (0: no limit).
@@ -56,6 +59,8 @@ class Trainer:
     :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
         `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
     :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
+    :param watchers: (interval, function) pairs: after so many updates the function is called with the trainer, on every
+        process, and may put numbers into the next row of the log.
     :param folder: of the checkpoints, any path that blobfile writes; None: that of the log.
     """
 
@@ -78,6 +83,7 @@ class Trainer:
         save_interval=10000,
         resume_checkpoint="",
         use_fp16=False,
+        precision="",
         fp16_scale_growth=1e-3,
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         grad_clip=0.0,
@@ -93,6 +99,7 @@ class Trainer:
         progress=False,
         sharding="none",
         drop=None,
+        watchers=(),
         flags=None,
         folder=None,
     ):
@@ -100,10 +107,13 @@ class Trainer:
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, not {value}")
-        if sharding not in ("none", "fsdp") or (sharding == "fsdp" and use_fp16):
-            raise ValueError(f"sharding is none, or, without use_fp16, fsdp; not {sharding} with use_fp16 {use_fp16}")
+        precision = precision or ("fp16" if use_fp16 else "fp32")
+        if sharding not in ("none", "fsdp") or (sharding == "fsdp" and precision != "fp32"):
+            raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
+        if keep_best and val_data is None:
+            raise ValueError("keep_best needs held-out images: give --val_data_dir")
         self.task, self.data = task, data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
@@ -115,7 +125,7 @@ class Trainer:
         self.averages = list(averages)
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
         self.max_bad_steps, self.val_data = max_bad_steps, val_data
-        self.seed, self.progress, self.drop = seed, progress, drop
+        self.seed, self.progress, self.drop, self.watchers = seed, progress, drop, watchers
         self.step = self.saved_at = self.images = 0
         self.best = {"step": None, "val_loss": math.inf} if keep_best else None
         self.device = next(task.net.parameters()).device
@@ -129,7 +139,7 @@ class Trainer:
             shard(task.net)
         self.mp_trainer = MixedPrecisionTrainer(
             model=task.net,
-            use_fp16=use_fp16,
+            precision=precision,
             fp16_scale_growth=fp16_scale_growth,
             initial_lg_loss_scale=initial_lg_loss_scale,
             grad_clip=grad_clip,
@@ -173,6 +183,9 @@ class Trainer:
                 bar.update()
                 if self._due(self.eval_interval) and self.val_data is not None:
                     self.validate()
+                for interval, watch in self.watchers:
+                    if self._due(interval):
+                        watch(self)
                 if self.step == 1 or self._due(self.log_interval):
                     bar.set_postfix(loss=f"{self.dump_log():.4g}")
                 if self._due(self.save_interval):
@@ -287,26 +300,30 @@ class Trainer:
         x0 = x0.to(self.device, non_blocking=True)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
         t, weights = (each[rank::ranks] for each in self.task.draw(len(x0) * ranks, self.device, rng))
+        places, share = range(rank, len(x0) * ranks, ranks), Share(rng, rank, ranks)
         if self.drop and family == _TRAIN:
-            cond = self.drop(cond, Share(rng, rank, ranks))
-        places = range(rank, len(x0) * ranks, ranks)
+            cond = self.drop(cond, share)
+        if hasattr(self.task, "condition"):
+            words = (_CONDITION + family, self.seed, self.step)
+            cond = self.task.condition(x0, cond, share, lambda x: noise_like(x, words, places))
         return x0, cond, t, weights, noise_like(x0, (family, self.seed, self.step), places)
 
     def _gradient_norm(self):
-        return global_norm([p.grad for p in self.mp_trainer.model_params if p.grad is not None])
+        norm = global_norm([p.grad for p in self.mp_trainer.model_params if p.grad is not None])
+        return norm / 2**self.mp_trainer._lg_loss_scale if self.mp_trainer.use_fp16 else norm
 
     @property
     def _tells_noise_scale(self):
-        return dist_util.world_size() == 1 and not self.mp_trainer.use_fp16
+        return not self.mp_trainer.sharded  # whose parts of a gradient are added up over processes at once
 
     def _note_noise_scale(self, n):
         """
         The two unbiased estimates behind the gradient noise scale tr(S) / |G|^2 (McCandlish et al. 2018, arXiv
-        1812.06162, appendix A.1), from the norms of the first microbatch's gradient and of the whole one.
+        1812.06162, appendix A.1), from the norms of the gradients of the first microbatch, of n images in this process,
+        and of all images of all processes. Of the first there is one in each process: the log has their mean.
         """
-        small = (self._first_norm * n / self.microbatch).square()
-        big = self._gradient_norm().square()
-        b = self.microbatch
+        b, small = self.microbatch, (self._first_norm * n / self.microbatch).square()
+        n, big = n * dist_util.world_size(), self._gradient_norm().square()
         self.tally.add(grad_square=(n * big - b * small) / (n - b), grad_trace=(small - big) / (1 / b - 1 / n))
 
     def _set_lr(self):
@@ -333,7 +350,7 @@ class Trainer:
         """Write a row of the log: means over all processes since the last one. Returns the training loss."""
         row = self.tally.means()
         trace, square = row.pop("grad_trace", None), row.pop("grad_square", None)
-        if trace is not None and square > 0:
+        if trace is not None and min(trace, square) > 0:
             row["grad_noise_scale"] = trace / square  # images
         row |= self._probe()
         now = time.monotonic()
@@ -376,6 +393,20 @@ class Trainer:
                 "--lr, set --grad_clip 1, or look for bad values in the data"
             )
 
+    @contextlib.contextmanager
+    @th.no_grad()
+    def averaged(self):
+        """The network in evaluation mode, with the first average in place of its weights as long as the block lasts."""
+        params = self.mp_trainer.model_params
+        kept = [p.detach().clone() for p in params]
+        average = self.ema_params[0] if self.ema_params else self.mp_trainer.master_params
+        th._foreach_copy_(params, average)
+        try:
+            with health.evaluating(self.task.net):
+                yield self.task.net
+        finally:
+            th._foreach_copy_(params, kept)
+
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self):
@@ -385,6 +416,7 @@ class Trainer:
             losses = dist_util.gather_objects(th.stack(self._val_losses).mean().item())
             if (mean := sum(losses) / len(losses)) < self.best["val_loss"]:
                 self.best = {"step": self.step, "val_loss": mean}
+                logger.log(f"the least validation loss so far, {mean:.4g}: {checkpoint.model_name(self.step)}")
         self._val_losses = []
         files = self._files(tallies) if dist_util.is_main() or self.mp_trainer.sharded else None
         if dist_util.is_main():

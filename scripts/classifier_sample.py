@@ -1,10 +1,12 @@
 """Draw images from a diffusion model, steered by a classifier of noised images towards classes."""
 
+from evaluations.sampled import scored
 from guided_diffusion import config, program
 from guided_diffusion.config import (
     ClassifierOptions,
     ClassifierSampleOptions,
     DiffusionOptions,
+    EvaluateOptions,
     ModelOptions,
     RunOptions,
 )
@@ -16,7 +18,8 @@ SHARED = ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "
 
 
 def main():
-    args = config.parse(__doc__, ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, RunOptions)
+    groups = ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, EvaluateOptions, RunOptions
+    args = config.parse(__doc__, *groups)
     strength = config.check_classifier_guidance(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions, ClassifierOptions)
     explicit = config.explicit_flags(args)
@@ -35,7 +38,8 @@ def main():
 
     # Without guidance the classifiers need not run; their labels are drawn and saved all the same.
     cond_fn = summed(*gradients) if any(strength) else None
-    program.write_samples(args, folder, diffusion, model_fn, flags, *seen, cond_fn)
+    with scored(args, folder, device) as through:
+        program.write_samples(args, folder, diffusion, model_fn, flags, *seen, cond_fn, through)
 
 
 def check_fit(args, flags, path, its_flags, earlier):

@@ -19,7 +19,7 @@ def main():
         data,
         val_data=program.open_validation_data(args, flags, True, data.class_names),
         lr_anneal_steps=args.iterations if args.anneal_lr else 0,
-        use_fp16=flags["classifier_use_fp16"],
+        precision=program.precision_of(args, flags, "classifier_use_fp16"),
         initial_lg_loss_scale=16.0,
         **program.loop_options(args, flags),
     )

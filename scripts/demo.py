@@ -3,13 +3,14 @@ The main job from end to end on a CPU: real handwritten digits, an unconditional
 digits that steers it, and a report with pictures and scores. No label ever reaches the diffusion model.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from evaluations import errors, intervals, tables
+from evaluations.evaluator import write
 from evaluations.features import ClassifierExtractor
 from evaluations.judge import judged
 from guided_diffusion import config, generate, pictures, study
@@ -90,11 +91,15 @@ def score(demo, args, rows):
     held_out = study.pack(demo.out / "data" / "val", demo.out / "held_out.npz", 8)
     table = []
     for name, scale, path in [("real, held out", None, held_out), *rows]:
-        scores = judged(reference, path, judge)
+        parts = {}
+        scores = judged(reference, path, judge, parts)
         table.append({"sampler": name, "scale": scale, "path": path, **scores})
-        shown = "  ".join(f"{key} {scores[key]:.3f}" for key in ("label_agreement", "fid", "recall", "spread"))
+        told = demo.out / "held_out.json" if scale is None else path.parent / "scores.json"
+        write(told, scores, parts)  # for evaluations/compare.py and report.py
+        measures = "label_agreement", "fid", "recall", "spread"
+        shown = "  ".join(f"{key} {tables.score(scores, key)}" for key in measures)
         print(f"{name:<16}{'' if scale is None else scale!s:>6}  {shown}", flush=True)
-    (demo.out / "scores.json").write_text(json.dumps(table, indent=2, default=str) + "\n")
+    (demo.out / "scores.json").write_text(errors.to_json(table) + "\n")
     return table
 
 
@@ -128,7 +133,8 @@ def draw_pictures(demo, args, table):
         lines = {}
         for sampler in sorted({row["sampler"] for row in table if row["scale"] is not None}):
             chosen = [row for row in table if row["sampler"] == sampler]
-            lines[sampler] = [row["scale"] for row in chosen], [row[measure] for row in chosen]
+            columns = zip(*((row["scale"], row[measure], tables.errors(row, measure)[0]) for row in chosen))
+            lines[sampler] = list(map(list, columns))
         pictures.save_curves(folder / f"{measure}.png", lines, "guidance scale", label, f"{label} against scale")
 
 
@@ -172,7 +178,11 @@ def write_report(demo, args, table):
         "*Spread*: variance of features within the classes that the judge sees; ambiguous digits raise it, strong "
         "guidance lowers it.",
         "",
-        *study.table("sampler|scale|as asked|FD|precision|recall|spread".split("|"), map(cells, table)),
+        f"± is the standard error of the number as it stands. {args.num_samples} samples make the distance too large; "
+        "*FD of endless sets* is its 95 % interval with that bias taken off.",
+        "",
+        *study.table("sampler|scale|as asked|FD|FD of endless sets|precision|recall|spread".split("|"),
+                     map(cells, table)),
         "",
         *[f"![{measure}](pictures/{measure}.png)" for measure in ("label_agreement", "recall")],
         "",
@@ -197,8 +207,9 @@ def write_report(demo, args, table):
 def cells(row):
     """A row of the table as texts."""
     scale = "" if row["scale"] is None else f"{row['scale']:g}"
-    shares = f"{row['label_agreement']:.1%}", f"{row['fid']:.3f}"
-    return row["sampler"], scale, *shares, *(f"{row[name]:.2f}" for name in ("precision", "recall", "spread"))
+    error, ends, _ = tables.errors(row, "fid")
+    shown = [tables.score(row, name) for name in ("label_agreement", "fid", "precision", "recall", "spread")]
+    return row["sampler"], scale, *shown[:2], intervals.shown_interval(*ends, error), *shown[2:]
 
 
 def check(args):

@@ -1,12 +1,13 @@
 """Draw images from a diffusion model."""
 
+from evaluations.sampled import scored
 from guided_diffusion import config, program
-from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, SampleOptions
+from guided_diffusion.config import DiffusionOptions, EvaluateOptions, ModelOptions, RunOptions, SampleOptions
 from guided_diffusion.script_util import open_diffusion
 
 
 def main():
-    args = config.parse(__doc__, SampleOptions, ModelOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, SampleOptions, ModelOptions, DiffusionOptions, EvaluateOptions, RunOptions)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)
@@ -14,7 +15,8 @@ def main():
     num_classes, names = 0, None
     if flags["class_cond"]:
         num_classes, names = flags["num_classes"], program.class_names(args.model_path)
-    program.write_samples(args, folder, diffusion, model, flags, num_classes, names)
+    with scored(args, folder, device) as through:
+        program.write_samples(args, folder, diffusion, model, flags, num_classes, names, through=through)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,28 @@
 """Train a diffusion model on images."""
 
-from functools import partial
+import numpy as np
 
-from guided_diffusion import config, guidance, program
-from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions
+from guided_diffusion import config, dist_util, pictures, program
+from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions, WatchOptions
+from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.watch import Watch
 
 
 def main():
-    args = config.parse(__doc__, TrainOptions, ModelOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, TrainOptions, WatchOptions, ModelOptions, DiffusionOptions, RunOptions)
+    config.check_watching(args)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "diffusion", ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
-    null = config.nulls(flags)
-    drop = partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
     data = program.open_training_data(args, flags, flags["class_cond"])
     loop = TrainLoop(
         model=model.to(device),
         diffusion=diffusion,
         data=data,
-        use_fp16=flags["use_fp16"],
+        precision=program.precision_of(args, flags, "use_fp16"),
         fp16_scale_growth=args.fp16_scale_growth,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
         ema_rate=args.ema_rate,
@@ -30,12 +31,48 @@ def main():
         ema_power=args.ema_power,
         val_data=program.open_validation_data(args, flags, flags["class_cond"], data.class_names),
         lr_anneal_steps=args.lr_anneal_steps,
-        drop=drop,
+        drop=program.dropping(flags),
+        watchers=watchers(args, flags, diffusion, folder, data.class_names),
         **program.loop_options(args, flags),
     )
     texts = {"text_encoder": data.text_encoder} if data.text_encoder else {}
     program.begin_run(args, folder, "diffusion", flags, data, **texts)
     loop.run_loop()
+
+
+def watchers(args, flags, diffusion, folder, names):
+    """What WatchOptions ask for, as `Trainer` takes it."""
+    how = {"num_classes": len(names or []), "steps": args.sample_steps, "batch_size": args.batch_size}
+    watch = Watch(diffusion, flags, args.log_dir or folder, seed=args.seed, **how)
+    found = [(args.sample_interval, watch.picture)] if args.sample_interval else []
+    if args.eval_every:
+        scores = distance_to_data(args, flags) if dist_util.is_main() else None
+        found.append((args.eval_every, lambda trainer: watch.score(trainer, args.eval_samples, scores)))
+    return found
+
+
+def distance_to_data(args, flags):
+    """A function from samples, uint8 [N,H,W,C], to {"fid": their Frechet distance to images of the data}."""
+    from evaluations import metrics
+    from evaluations.features import extract, make_extractor
+
+    data = load_data(
+        data_dir=args.val_data_dir or args.data_dir, batch_size=args.batch_size, image_size=flags["image_size"],
+        image_channels=flags["image_channels"], random_flip=False, num_workers=0, seed=args.seed, once=True,
+    )  # fmt: skip
+    extractor = make_extractor(args.eval_extractor, dist_util.dev())
+    parts, count = [], 0
+    for x, _ in data:
+        parts.append(extract(extractor, pictures.nearest_uint8(x).numpy()).pool)
+        count += len(x)
+        if count >= args.eval_samples:
+            break
+    reference = np.concatenate(parts)[: args.eval_samples]            # [M,D]
+
+    def scores(images):
+        return {"fid": metrics.frechet_distance_from_features(reference, extract(extractor, images).pool)}
+
+    return scores
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch as th
 
+from evaluations import intervals
 from evaluations.features import ClassifierExtractor
-from evaluations.judge import judged, mean_and_error
+from evaluations.judge import judged
 from guided_diffusion import config, diffunet, generate, guidance, pictures, study
 from guided_diffusion.config import option
 from guided_diffusion.script_util import open_diffusion
@@ -44,7 +44,7 @@ class MnistOptions:
     steps: int = option(50, "steps of ancestral sampling")
     scales: str = option("0,1,2,4,8", "guidance scales; 0 draws without the label, 1 with it and no guidance")
     num_samples: int = option(200, "digits drawn for each scale and seed")
-    seeds: int = option(3, "runs of sampling for each scale, whose spread gives the standard errors")
+    seeds: int = option(3, "runs of sampling for each scale, over which the scores are averaged")
     out: str = option("runs/mnist", "folder for data, runs, samples, pictures and the report")
     seed: int = option(0, "seed of everything random")
 
@@ -104,8 +104,10 @@ def score(work, args, judge, samples, train_data, held_out):
     real = [study.pick(held_out, work.out / f"held_out_{k}.npz", args.num_samples, k) for k in range(args.seeds)]
     rows = []
     for scale, paths in {None: real, **samples}.items():
-        runs = [judged(reference, path, judge) for path in paths]
-        row = {name: mean_and_error([run[name] for run in runs]) for name in MEASURES}
+        runs = [{} for _ in paths]
+        for path, parts in zip(paths, runs):
+            judged(reference, path, judge, parts)
+        row = {name: mean_and_error([parts[name] for parts in runs], scale is not None) for name in MEASURES}
         rows.append({"scale": scale, "paths": list(map(str, paths)), **row})
         told = ", ".join(f"{MEASURES[name]} {show(row[name])}" for name in MEASURES)
         print("real, held out:" if scale is None else f"scale {scale:g}:", told, flush=True)
@@ -113,9 +115,14 @@ def score(work, args, judge, samples, train_data, held_out):
     return rows
 
 
+def mean_and_error(runs, independent):
+    """The mean of one score's Estimates and its standard error; that of one run if they share images."""
+    mean = intervals.mean(runs)
+    return mean.value, intervals.standard_error(mean if independent else runs[0])
+
+
 def show(mean_error):
-    mean, error = mean_error
-    return f"{mean:.3f}" if np.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+    return intervals.shown(*mean_error)
 
 
 def draw_pictures(work, args, model_path, rows):
@@ -123,7 +130,7 @@ def draw_pictures(work, args, model_path, rows):
     folder = work.out / "pictures"
     with np.load(work.out / "held_out.npz", allow_pickle=False) as real:
         first = [np.flatnonzero(real["arr_1"] == label)[0] for label in range(10)]
-        images = th.from_numpy(real["arr_0"][first]).permute(0, 3, 1, 2) / 127.5 - 1              # [10,1,S,S]
+        images = pictures.from_uint8(real["arr_0"][first])                                      # [10,1,S,S]
     _, full, _ = open_diffusion(str(model_path))
     study.save_noising(folder / "noising.png", full, images)
     model, diffusion, flags = open_diffusion(str(model_path), {"timestep_respacing": str(args.steps)})
@@ -140,7 +147,7 @@ def draw_pictures(work, args, model_path, rows):
             title = f"scale {row['scale']:g}: {row['label_agreement'][0]:.1%} as asked"
             generate.save_class_grid(folder / names[-1], npz["arr_0"], npz["arr_1"], columns=12, title=title)
     for name in ("label_agreement", "spread", "recall"):
-        line = [row["scale"] for row in rows[1:]], [row[name][0] for row in rows[1:]]
+        line = [list(column) for column in zip(*((row["scale"], *row[name]) for row in rows[1:]))]
         names.append(f"{name}.png")
         pictures.save_curves(folder / names[-1], {name: line}, "guidance scale", MEASURES[name], MEASURES[name])
     loss = {"loss": study.columns(study.read_log(work.out / "model"), "loss")}
@@ -159,7 +166,7 @@ def write_report(work, args, rows, names):
         f"{args.iterations} updates of {args.batch_size}, with every tenth label dropped. Each scale drew {args.seeds} "
         f"times {args.num_samples} digits, as many of each class, in {args.steps} ancestral steps. A judge, trained on "
         "clean digits and with no part in the sampling, says which digits are as asked; features are the judge's, the "
-        "reference is the training set. ± is the standard error over the seeds of sampling.",
+        "reference is the training set. ± is the standard error, by the images of all runs and those of the reference.",
         "",
         *study.table(["guidance scale", *MEASURES.values()], cells),
         "",

@@ -4,7 +4,7 @@ import math
 import os
 import re
 
-from guided_diffusion import checkpoint, config, ema, program
+from guided_diffusion import checkpoint, config, ema, program, saves
 from guided_diffusion.config import PosthocOptions
 
 DOUBTFUL = 0.02  # relative error of a profile
@@ -49,6 +49,7 @@ def added_up(weights):
     for path, weight in weights.items():
         if abs(weight) < NEGLIGIBLE:
             continue
+        saves.check_file(path)
         state = checkpoint.load(path)
         if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
             raise ValueError(f"{path} is no state dict of a network")

@@ -16,10 +16,14 @@ from guided_diffusion.config import (
     ClassifierTrainOptions,
     DiffusionOptions,
     ModelOptions,
+    NLLOptions,
     RunOptions,
     SampleOptions,
     SuperResOptions,
+    SuperResSampleOptions,
+    SuperResTrainOptions,
     TrainOptions,
+    WatchOptions,
 )
 
 # The original's flags, as its parsers printed them.
@@ -57,7 +61,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 
 # What its users missed.
 PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
-RUN = {"seed": 0, "device": "", "log_dir": "", "preset": ""}
+RUN = {"seed": 0, "device": "", "precision": "", "log_dir": "", "log_formats": "", "preset": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
@@ -72,7 +76,7 @@ MORE_AVERAGES = {
 DROPOUT = {"class_dropout": 0.0, "conv_resample": True}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
-    "classes": "", "grid": True, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
+    "classes": "", "save_as": "npz", "grid": True, "frames": 0, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
     "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
     "guide_path": "", "guidance_interval": "", "prompts": (), "prompt_vectors": "",
     "guidance_projected": 1.0, "dynamic_threshold": 0.0, "sampler_options": "", "brownian": False,
@@ -82,13 +86,18 @@ MORE_STEERING = {
     "classifier_every": 1, "guidance_at": "x_t",
 }
 MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
+WATCH = {
+    "sample_interval": 0, "eval_every": 0, "eval_samples": 500, "eval_extractor": "inception", "sample_steps": 50,
+}
+MORE_SUPER_RES = {"channel_mult": "", "use_new_attention_order": False}
+ENLARGING = {name: value for name, value in MORE_SAMPLING.items() if name not in ("prompts", "prompt_vectors")}
 
 PROGRAMS = {
     "image_train": (
-        (TrainOptions, ModelOptions, DiffusionOptions, RunOptions),
+        (TrainOptions, WatchOptions, ModelOptions, DiffusionOptions, RunOptions),
         TRAIN | MODEL | DIFFUSION,
         35,
-        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | MORE_AVERAGES,
+        RUN | DATA | PROCESS | MORE_MODEL | MORE_TRAINING | MORE_AVERAGES | WATCH,
     ),
     "image_sample": (
         (SampleOptions, ModelOptions, DiffusionOptions, RunOptions),
@@ -109,11 +118,24 @@ PROGRAMS = {
         RUN | DATA | PROCESS | MORE_MODEL | MORE_SAMPLING | MORE_STEERING | MORE_CLASSIFIER,
     ),
     "super_res_train": (
-        (TrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
+        (SuperResTrainOptions, SuperResOptions, DiffusionOptions, RunOptions),
         TRAIN | SUPER_RES | DIFFUSION,
         34,
-        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | MORE_AVERAGES
-        | {"channel_mult": "", "use_new_attention_order": False},
+        RUN | DATA | PROCESS | DROPOUT | MORE_TRAINING | MORE_AVERAGES | MORE_SUPER_RES | {"low_res_noise": 0.0},
+    ),
+    "super_res_sample": (
+        (SuperResSampleOptions, SuperResOptions, DiffusionOptions, RunOptions),
+        SAMPLE | {"base_samples": ""} | SUPER_RES | DIFFUSION,
+        28,
+        RUN | DATA | PROCESS | DROPOUT | ENLARGING | MORE_SUPER_RES
+        | {"repeat_base": False, "label_from": "auto", "low_res_noise": 0.0},
+    ),
+    "image_nll": (
+        (NLLOptions, ModelOptions, DiffusionOptions, RunOptions),
+        {"data_dir": "", "clip_denoised": True, "num_samples": 1000, "batch_size": 1, "model_path": ""}
+        | MODEL | DIFFUSION,
+        28,
+        RUN | DATA | PROCESS | MORE_MODEL | {"label_from": "auto", "num_workers": 1},
     ),
 }
 EVERY_GROUP = {group for groups, *_ in PROGRAMS.values() for group in groups}

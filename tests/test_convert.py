@@ -356,7 +356,7 @@ def test_folders_that_are_none_of_diffusers(tmp_path):
     with pytest.raises(ValueError, match=r"does not fit: \d+ keys missing"):
         convert.convert(tmp_path / "theirs", tmp_path / "m.pt", DDPM)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="no diffusion_pytorch_model.safetensors and no diffusion_pytorch_mod"):
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model.safetensors and no diffusion_pytorch_mod"):
         convert.convert(tmp_path / "theirs", tmp_path / "m.pt", DDPM)
     assert not (tmp_path / "m.pt").exists()
 

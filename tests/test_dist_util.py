@@ -15,6 +15,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.dist_util import Place, resolve
 
 OPENMPI = os.environ.get("GD_OPENMPI_MPIEXEC")  # an mpiexec of Open MPI, beside which another may be installed
+AS_ROOT = "env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 PMI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
@@ -83,6 +84,12 @@ def test_a_rank_takes_a_visible_gpu_by_its_place_on_the_node(monkeypatch):
         with pytest.raises(ValueError, match=f"device '{name}' is not available here; choose from cpu"):
             dist_util.setup_dist(name)
     assert str(choose("", Place())) == "cpu"
+
+
+def test_ranks_that_share_a_gpu_are_named():
+    dist_util._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("b", "GPU-2")])
+    with pytest.raises(ValueError, match="ranks 1 and 3 share a GPU of a: start no more processes on a node than"):
+        dist_util._refuse_shared_gpus([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("a", "GPU-2")])
 
 
 def test_several_nodes_need_an_address(monkeypatch):
@@ -242,6 +249,33 @@ def test_a_single_process_needs_no_group():
     dist_util.finish()
 
 
+LEAVING = """
+import atexit, sys
+from guided_diffusion import dist_util
+
+class Held:
+    def __del__(self):
+        sys.stdout.write("torn down")
+
+held = Held()
+atexit.register(print, "closed")
+dist_util._has_met = {met}
+with dist_util.leaving():
+    {end}
+"""
+
+
+@pytest.mark.parametrize(("met", "end", "code", "told"), [
+    (True, "sys.exit(75)", 75, "closed\n"), (True, "pass", 0, "closed\n"),
+    (False, "sys.exit(75)", 75, "closed\ntorn down"),
+])  # fmt: skip
+def test_a_process_that_was_in_a_group_leaves_without_being_torn_down(met, end, code, told):
+    """Threads of torch may then still run; what is registered for the exit is done."""
+    code_text = LEAVING.format(met=met, end=end)
+    done = subprocess.run([sys.executable, "-c", code_text], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, told), done.stderr
+
+
 def test_a_single_process_touches_neither_mpi_nor_the_environment():
     code = (
         "import os, sys; before = dict(os.environ)\n"
@@ -323,7 +357,7 @@ class TestMpiexec:
 
 @pytest.mark.skipif(not OPENMPI, reason="needs GD_OPENMPI_MPIEXEC, the path of an Open MPI mpiexec")
 class TestOpenMpi:
-    LAUNCHER = ("env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", OPENMPI, "-n", "2")
+    LAUNCHER = (*AS_ROOT, OPENMPI, "-n", "2")
 
     def test_two_processes(self, tmp_path):
         (meeting,) = run_two(tmp_path, *self.LAUNCHER, sys.executable, "worker.py")

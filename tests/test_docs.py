@@ -19,6 +19,7 @@ TINY = [
     (r"_?00(\d)000\.pt", lambda m: m[0].replace(f"00{m[1]}000", f"00000{m[1]}")),
     (r"--num_samples 100\b", "--num_samples 6"),
     (r"samples_500x", "samples_20x"),
+    (r"samples_100x", "samples_6x"),
     (r"--batch_size \d+", "--batch_size 4"),
     (r"--timestep_respacing (ddim)?\d+", r"--timestep_respacing \g<1>5"),
     (r"(datasets/mnist.py .*)", r"\1 --source tiny_mnist.npz"),
@@ -28,8 +29,13 @@ TINY = [
     (r"--num_channels 128", "--num_channels 32"),
     (r"--num_images \d+", "--num_images 3"),
     (r"latents_64x", "latents_3x"),
-    (r"--steps \d{2,3}\b", "--steps 6"),
+    (r"--steps \d{2,3}\b(?!,)", "--steps 6"),
+    (r"--samplers ddpm,dpmpp_2m --steps 10,25 --scales 1,3,6", "--samplers dpmpp_2m --steps 3 --scales 0,3"),
+    (r"--num_samples 500\b", "--num_samples 20"),
+    (r"samples/ddpm_scale_6\b", "samples/ddpm_scale_0"),
 ]
+DEMO = ("python scripts/demo.py --iterations 2 --classifier_iterations 1 --num_samples 20 --steps 4 --scales 0,3"
+        " --ddim_scales 3")  # fmt: skip
 
 
 def blocks(path, language):
@@ -66,11 +72,7 @@ def clone(tmp_path_factory):
 
 
 def test_the_demo_and_every_command_of_the_readme(clone):
-    said = shell(
-        "python scripts/demo.py --iterations 2 --classifier_iterations 1 --num_samples 20 --steps 4 --scales 0,3"
-        " --ddim_scales 3",
-        clone,
-    )
+    said = shell(DEMO, clone)
     assert "report: runs/demo/report.md" in said
     report = (clone / "runs/demo/report.md").read_text()
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", report)
@@ -157,6 +159,31 @@ def test_the_table_of_published_models_is_that_of_the_presets():
     }
 
 
+def test_every_command_of_the_page_on_evaluation(tmp_path):
+    for name in ("scripts", "datasets", "evaluations"):
+        os.symlink(ROOT / name, tmp_path / name)
+    ran = [shell(tiny(command), tmp_path) for command in commands(ROOT / "docs" / "evaluation.md")]
+    assert len(ran) == 8 and "a reference file of this project" in ran[3]
+    alone, together = (dict(line.split(": ") for line in said.splitlines() if ": " in line) for said in ran[4:6])
+    assert list(alone) == ["FID", "Precision", "Recall", "Density", "Coverage", "KID"]
+    numbers = {name: float(value) for name, value in alone.items()}
+    assert {name: float(value) for name, value in together.items()} == pytest.approx(numbers, rel=1e-8)
+    assert (tmp_path / "runs/evaluated_samples/scores.json").exists()
+
+
+def test_every_command_of_the_page_on_scores(clone):
+    if not (clone / "runs/demo/held_out.npz").exists():
+        shell(DEMO, clone)
+    ran = [shell(tiny(command), clone) for command in commands(ROOT / "docs" / "scores.md")]
+    scored, compared, page, swept, remembered = ran
+    assert "± standard error" in scored and "95 % interval" in scored
+    assert compared.splitlines()[0].split()[-1] == "better"
+    assert page == "report: runs/demo/page/report.html\n" and swept.endswith("report: runs/demo/sweep/report.html\n")
+    assert "held-out real images closer to a training image" in remembered
+    for name, pictures in (("page", 4), ("sweep", 6), ("memorisation", 1)):
+        assert (clone / "runs/demo" / name / "report.html").read_text().count("data:image/png") >= pictures
+
+
 def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     for name in ("scripts", "datasets"):
         os.symlink(ROOT / name, tmp_path / name)
@@ -168,13 +195,21 @@ def test_the_commands_of_the_page_on_inverse_problems(tmp_path):
     assert (tmp_path / "runs/latents/interpolation.png").exists() and list(tmp_path.glob("runs/decoded/samples_3x*"))
 
 
+def test_every_command_of_the_page_on_super_resolution(clone):
+    for command in commands(ROOT / "docs" / "super_resolution.md"):
+        shell(tiny(command), clone)
+    for name in ("enlarged", "cascade"):
+        assert {"samples_6x8x8x1.npz", "enlarged.png"} <= set(os.listdir(clone / "runs" / name))
+    assert (clone / "runs/bits_nll/nll.png").exists()
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_in_the_docs_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks(path, "python")
     if found:
         exec(compile("\n".join(found), str(path), "exec"), {"__name__": "docs"})
-    assert found or path.name in ("training.md", "differences.md")
+    assert found or path.name in ("training.md", "differences.md", "super_resolution.md")
 
 
 def test_links_lead_somewhere():
@@ -201,7 +236,11 @@ def test_every_flag_that_the_docs_name_exists():
              for field in dataclasses.fields(group)}  # fmt: skip
     foreign = {"help", "nproc_per_node", "extractor", "out", "weights", "image_size", "val_fraction", "device",
                "source", "fashion", "data", "network", "scales", "seeds", "gpus", "ntasks", "requeue",
-               "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo"}  # fmt: skip
+               "signals", "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype",
+               "keep",
+               "reference", "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more",
+               "count", "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips",
+               "demo"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -8,11 +8,11 @@ import time
 import pytest
 import test_programs
 import torch as th
-from test_programs import MPIEXEC, NET, TRAIN, done, refused, rows, run, shell, stranger
+from test_programs import CLASSIFIER, MPIEXEC, NET, TRAIN, done, refused, rows, run, shell, stranger
 from torch import nn
 
-from guided_diffusion import config, doctor, memory
-from guided_diffusion.config import DiffusionOptions, ModelOptions, TrainOptions
+from guided_diffusion import config, doctor, memory, rehearsal
+from guided_diffusion.config import ClassifierOptions, DiffusionOptions, ModelOptions, TrainOptions
 
 CPU = th.device("cpu")
 
@@ -46,7 +46,7 @@ def flags_of(*words):
 def test_what_a_step_holds_is_counted_exactly():
     """Against the tensors that stand there after a step."""
     args = options("--ema_rate", "0.9,0.99", "--ema_power", "0.1", "--class_cond", "--num_classes", "3")
-    step = doctor.Step(args, config.flags_of(args, ModelOptions, DiffusionOptions), CPU)
+    step = rehearsal.Step("diffusion", args, config.flags_of(args, ModelOptions, DiffusionOptions), CPU)
     step(4, 2)
     params, masters = step.precision.model_params, step.precision.master_params
 
@@ -89,7 +89,7 @@ def test_activations_of_a_layer_that_is_known_by_hand():
 
 def test_activations_grow_with_the_images_and_fall_when_recomputed():
     def count(n, *words):
-        step = doctor.Step(options(*words), flags_of(*words), CPU)
+        step = rehearsal.Step("diffusion", options(*words), flags_of(*words), CPU)
         return memory.activation_bytes(lambda: step.loss(*step.batch(n)), but=step.precision.model_params)
 
     assert count(6) - count(4) == count(4) - count(2) and count(4) > 1.9 * count(2)
@@ -154,7 +154,7 @@ def test_a_whole_examination_and_training_that_heeds_it(quick, digits, tmp_path,
     assert list(dict.fromkeys(part for part in parts if part in doctor.PARTS)) == list(doctor.PARTS)
     assert "not found out" not in said and "renaming over a file is atomic" in said
     flags = flags_of()
-    count = sum(p.numel() for p in doctor.Step(options(), flags, CPU).precision.model_params)
+    count = sum(p.numel() for p in rehearsal.Step("diffusion", options(), flags, CPU).precision.model_params)
     assert f"network: {count:,} parameters, 2 average(s)" in said
     for name, times in {"weights": 1, "gradients": 1, "moments of AdamW": 2, "averages": 2}.items():
         assert f"network: {name}: {4 * times * count / 2**20:.1f} MiB" in said
@@ -232,8 +232,43 @@ def test_a_rename_in_two_parts_is_noticed(tmp_path, monkeypatch):
     assert not doctor.atomic_renames(str(tmp_path / "file2"), times=20)
 
 
+def test_a_classifier_is_looked_at_and_trained_as_remembered(quick, digits, tmp_path, monkeypatch):
+    words = f"{CLASSIFIER} --num_classes 10 --data_dir {digits}/train --batch_size 8 --num_workers 0"
+    said = done("doctor", f"--kind classifier {words} --log_dir {tmp_path} --write True").out
+    args = config.parse("a test", TrainOptions, ClassifierOptions, DiffusionOptions,
+                        argv=[*CLASSIFIER.split(), "--num_classes", "10"])  # fmt: skip
+    flags = config.flags_of(args, ClassifierOptions, DiffusionOptions)
+    count = sum(p.numel() for p in rehearsal.Step("classifier", args, flags, CPU).precision.model_params)
+    assert f"network: {count:,} parameters, 0 average(s)" in said and "not found out" not in said
+    assert "averages: 0.0 MiB" in said and "bottleneck: " in said
+    note = json.loads((tmp_path / "doctor.json").read_text())
+    assert note["microbatch"] == 8 and note["network"]["classifier_width"] == 32
+    (tmp_path / "doctor.json").write_text(json.dumps(note | {"microbatch": 4}))
+    monkeypatch.undo()
+    told = done("classifier_train", f"{words} --iterations 1 --save_interval 9 --log_dir {tmp_path}").out
+    assert f"--microbatch 4, which {tmp_path}/doctor.json says fits" in told
+    assert memory.recall(tmp_path, CPU, flags_of())[0] == -1  # a diffusion model is another network
+
+
+def test_processes_that_differ_from_the_first_are_named(monkeypatch):
+    def place(**how):
+        return doctor.SimpleNamespace(**{"host": "a", "device": "cpu", "software": {"torch": "2.13", "numpy": "2"},
+                                         "sees_folder": True, **how})  # fmt: skip
+
+    alike = doctor.SimpleNamespace(places=[place(), place()], exchange_seconds=0.5, folder="/runs")
+    said = list(doctor.launcher(alike))
+    assert said[1:] == ["rank 0 on a, device cpu", "rank 1 on a, device cpu", "128 MiB/s from rank 0 to all others"]
+    alike.places.append(place(host="b", software={"torch": "2.6", "numpy": "2"}, sees_folder=False))
+    assert list(doctor.launcher(alike))[3:-1] == [
+        "rank 2 on b, device cpu",
+        "rank 2 does not see /runs, where checkpoints to go on from must lie: choose another",
+        "rank 2 has other software than rank 0: torch 2.13 -> 2.6",
+    ]
+
+
 def test_too_many_threads_are_named(monkeypatch):
-    found = doctor.SimpleNamespace(places=[(doctor.socket.gethostname(), "cpu")] * 4)
+    here = doctor.SimpleNamespace(host=doctor.socket.gethostname())
+    found = doctor.SimpleNamespace(places=[here] * 4)
     monkeypatch.setattr(doctor, "_cores", lambda: range(4))
     monkeypatch.setattr(th, "get_num_threads", lambda: 2)
     said = list(doctor.threads(found))
@@ -248,5 +283,6 @@ def test_two_processes_are_named_once(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("launcher")]
     assert re.fullmatch(r"launcher: (Open )?MPI, 2 process\(es\)", lines[0])
-    assert [line.split(" on ")[0] for line in lines[1:]] == ["launcher: rank 0", "launcher: rank 1"]
+    assert [line.split(" on ")[0] for line in lines[1:3]] == ["launcher: rank 0", "launcher: rank 1"]
+    assert re.fullmatch(r"launcher: \d+ MiB/s from rank 0 to all others", lines[3]) and len(lines) == 4
     assert result.stdout.count("packages: torch") == 1

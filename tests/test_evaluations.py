@@ -4,35 +4,23 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
+from tests_golden import GOLDEN, golden_features
 
-from evaluations import evaluator, features, metrics
+from evaluations import errors, evaluator, features, kernel, metrics, neighbours, sources, tables
 from guided_diffusion import checkpoint, script_util
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = np.load(ROOT / "tests/golden/evaluator.npz")
-
-
-def golden_features(case):
-    """(reference, sample) of a golden case, made again from its seeds."""
-    *sizes, shift, scale = (float(v) for v in GOLDEN[f"{case}/spec"])
-    n1, n2, d = map(int, sizes)
-    r = np.random.RandomState(1)
-    centres = 2 * r.standard_normal((5, d))
-    both = (centres[r.randint(5, size=n1 + n2)] + 0.7 * r.standard_normal((n1 + n2, d))).astype(np.float32)
-    sample = both[n1:] * scale + shift
-    sample = sample + 0.1 * np.random.RandomState(9).standard_normal(sample.shape)
-    return both[:n1], sample.astype(np.float32)
 
 
 def normal(seed, *shape):
@@ -180,7 +168,8 @@ def test_duplicates_are_at_distance_zero_exactly():
 
 def test_blocks_change_nothing_and_agree_with_direct_differences(monkeypatch):
     reference, sample = 5 + normal(0, 70, 9), 5 + 0.8 * normal(1, 45, 9)
-    monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 500)  # 7 or 11 rows at a time, the last block short
+    monkeypatch.setattr(neighbours, "ROWS", 11)
+    monkeypatch.setattr(neighbours, "COLUMNS", 26)
     distances = cdist(reference, reference, "sqeuclidean")
     np.testing.assert_allclose(metrics.knn_radii(reference, k=5), np.sort(distances)[:, 5], rtol=1e-12)
     across = cdist(sample, reference, "sqeuclidean")
@@ -229,229 +218,6 @@ def test_metrics_refuse_what_has_no_score(call, message):
         call()
 
 
-# -------------------------------------------------------------------------------------------- the Inception network
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """A file of random weights, scaled so that activations keep their size through the network."""
-    network_class = features.import_inception()
-    empty = tmp_path_factory.mktemp("weights") / "empty.pth"
-    torch.save({}, empty)
-    with mock.patch.object(network_class, "load_state_dict"):
-        weights = network_class("random", ["2048"], feature_extractor_weights_path=empty).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    for key, value in weights.items():
-        noise = torch.randn(value.shape, generator=generator)
-        if value.dim() >= 2:
-            weights[key] = noise * math.sqrt(2 / value[0].numel())
-        elif "bn" in key:
-            weights[key] = 0.1 * noise + key.endswith(("weight", "running_var"))
-        else:
-            weights[key] = noise  # the bias of the last layer
-    file = empty.with_name("random.pth")
-    torch.save(weights, file)
-    return file
-
-
-@pytest.fixture(scope="module")
-def inception(inception_file):
-    return features.InceptionExtractor(inception_file)
-
-
-def random_images(seed, *shape):
-    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def own_run(inception, inception_file):
-    """(torch-fidelity's network, the input of its Mixed_6d, its layers by name, our Features), all of 2 images."""
-    network_class = features.import_inception()
-    layers = list(network_class.get_provided_features_list())
-    network = network_class("own", layers, feature_extractor_weights_path=str(inception_file))
-    inputs = []
-    network.Mixed_6d.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
-    images = random_images(0, 2, 40, 48, 3)
-    outputs = dict(zip(layers, network(torch.tensor(images).permute(0, 3, 1, 2))))
-    return network, inputs[0], outputs, inception(images)
-
-
-def test_inception_features_are_those_of_torch_fidelity(own_run):
-    _, _, outputs, ours = own_run
-    np.testing.assert_array_equal(ours.pool, outputs["2048"].numpy())
-    assert [a.dtype for a in ours] == [np.float32] * 3
-    assert [a.shape for a in ours] == [(2, 2048), (2, 1008), (2, 2023)]
-    assert ours.pool.std() > 0.1  # the random network is alive, so that equality says something
-
-
-def test_s08_60_spatial_channels_layout_bias_free_logits_n_minus_1_and_splits_of_5000(own_run):
-    network, x, outputs, ours = own_run
-    branch = network.Mixed_6d.branch1x1
-    y = np.einsum("nchw,oc->nhwo", x.double().numpy(), branch.conv.weight.double().numpy()[:, :, 0, 0])
-    scale, shift, mean, variance = (
-        p.double().numpy() for p in (branch.bn.weight, branch.bn.bias, branch.bn.running_mean, branch.bn.running_var)
-    )
-    expected = np.maximum(0, (y - mean) / np.sqrt(variance + 1e-3) * scale + shift)  # [N,17,17,192]
-    np.testing.assert_allclose(ours.spatial, expected[..., :7].reshape(2, 2023), rtol=1e-4, atol=1e-5)
-    assert (ours.spatial == 0).mean() > 0.1  # after the ReLU
-
-    unbiased = softmax(outputs["logits_unbiased"].double().numpy(), axis=1)
-    np.testing.assert_allclose(ours.probabilities, unbiased, rtol=1e-6, atol=1e-12)
-    assert np.abs(ours.probabilities - softmax(outputs["logits"].numpy(), axis=1)).max() > 0.01
-
-    assert metrics.moments([[0.0, 0.0], [2.0, 0.0]])[1][0, 0] == 2  # divisor N-1
-    classes = np.eye(2)[[0] * 5000 + [1] * 5000]
-    assert metrics.inception_score(classes) == pytest.approx(1)  # two splits of one class each
-    assert metrics.inception_score(classes[1:]) > 1.0001  # the first split reaches into the second class
-
-
-def test_inception_batches_grey_images_and_autocast_change_nothing(inception):
-    images = random_images(1, 3, 20, 20, 1)
-    together = inception(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        apart = features.extract(inception, np.repeat(images, 3, axis=3), batch_size=2)
-    for a, b in zip(together, apart):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
-    with pytest.raises(ValueError, match="4 channels, but Inception reads grey or RGB"):
-        inception(random_images(1, 3, 20, 20, 4))
-    with pytest.raises(ValueError, match=r"float64 of shape \[3, 20, 20, 1\]: expected uint8"):
-        inception(images / 255)
-
-
-def test_full_precision_switches_off_tf32_and_gradients_and_back_on():
-    before = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    try:
-        with torch.backends.cudnn.flags(allow_tf32=True), features.full_precision("cpu"):
-            assert not torch.backends.cudnn.allow_tf32
-            assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.is_grad_enabled() and torch.backends.cudnn.allow_tf32 == before
-
-
-def test_the_resize_is_that_of_tensorflow_1():
-    """Asymmetric grid, no antialias: pixel j of the result reads j * old / new, the last ones repeat the edge."""
-    resize = features.import_inception().forward.__globals__["interpolate_bilinear_2d_like_tensorflow1x"]
-    ramp = torch.tensor([[0.0, 10.0], [20.0, 30.0]])[None, None]
-    expected = [[0, 5, 10, 10], [10, 15, 20, 20], [20, 25, 30, 30], [20, 25, 30, 30]]
-    np.testing.assert_array_equal(resize(ramp, size=(4, 4), align_corners=False)[0, 0], expected)
-
-
-def modules_of(*packages):
-    return {name for name in sys.modules if name.split(".")[0] in packages}
-
-
-@pytest.mark.parametrize("torchvision", ["absent", "broken"])
-def test_inception_imports_without_a_working_torchvision_and_leaves_no_half_modules(tmp_path, monkeypatch, torchvision):
-    package = tmp_path / "torchvision"
-    package.mkdir()
-    (package / "part.py").write_text("")
-    error = "ImportError('no torchvision')" if torchvision == "absent" else "RuntimeError('operator does not exist')"
-    (package / "__init__.py").write_text(f"import torchvision.part\nraise {error}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in modules_of("torch_fidelity", "torchvision"):
-        monkeypatch.delitem(sys.modules, name)
-    assert features.import_inception().__name__ == "FeatureExtractorInceptionV3"
-    assert not modules_of("torch_fidelity", "torchvision")
-
-
-def test_a_working_torch_fidelity_is_imported_plainly(tmp_path, monkeypatch):
-    package = tmp_path / "torch_fidelity"
-    package.mkdir()
-    (package / "__init__.py").write_text("whole = True\n")
-    (package / "feature_extractor_inceptionv3.py").write_text("class FeatureExtractorInceptionV3:\n    mine = True\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with mock.patch.dict(sys.modules):
-        for name in modules_of("torch_fidelity"):
-            del sys.modules[name]
-        assert features.import_inception().mine
-        assert sys.modules["torch_fidelity"].whole
-
-
-def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install --no-deps torch-fidelity"):
-        features.InceptionExtractor()
-
-
-# ------------------------------------------------------------------------------------------- the file of its weights
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A file standing for the published one at its address, an empty torch hub folder, and the file it would get."""
-    original = tmp_path / "server" / "original.pth"
-    original.parent.mkdir()
-    original.write_bytes(b"weights")
-    monkeypatch.setattr(features, "WEIGHTS_URL", original.as_uri())
-    monkeypatch.setattr(features, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest()[:8])
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv(features.WEIGHTS_VARIABLE, raising=False)
-    return original, tmp_path / "torch/hub/checkpoints" / features.WEIGHTS_NAME
-
-
-def test_weights_are_downloaded_once_and_their_content_is_checked(served):
-    original, file = served
-    assert features.find_weights() == file
-    assert file.read_bytes() == b"weights"
-    original.unlink()
-    assert features.find_weights() == file  # from the cache
-    file.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"has sha256 .* delete the file and fetch it again"):
-        features.find_weights()
-
-
-@pytest.mark.parametrize("damage", ["no network", "another content"])
-def test_a_failed_download_says_which_file_to_put_where_and_leaves_nothing(served, damage):
-    original, file = served
-    if damage == "no network":
-        original.unlink()
-    else:
-        original.write_bytes(b"something else")
-    with pytest.raises(FileNotFoundError) as error:
-        features.find_weights()
-    for part in (original.as_uri(), str(file), "--weights", features.WEIGHTS_VARIABLE):
-        assert part in str(error.value)
-    assert list(file.parent.iterdir()) == []
-
-
-def test_own_weights_by_path_or_environment_are_used_with_a_warning(served, tmp_path, monkeypatch, capsys):
-    own, other = tmp_path / "own.pth", tmp_path / "other.pth"
-    own.write_bytes(b"mine")
-    other.write_bytes(b"weights")
-    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(own))
-    assert features.find_weights() == own
-    assert "warning: " + str(own) in capsys.readouterr().err
-    assert features.find_weights(other) == other  # the argument comes first
-    assert capsys.readouterr().err == ""
-    with pytest.raises(FileNotFoundError, match=r"no Inception weights at nowhere\.pth"):
-        features.find_weights("nowhere.pth")
-
-
-class Trap:
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
-def test_weights_that_are_not_weights_are_refused_and_never_executed(tmp_path):
-    file, sprung = tmp_path / "weights.pth", tmp_path / "sprung"
-    contents = [b"", b"not a checkpoint", pickle.dumps(Trap(sprung), protocol=2), b"PK\x03\x04 cut off"]
-    for weights in ({"key": Trap(sprung)}, {"fc.weight": torch.zeros(3)}, [1, 2]):
-        torch.save(weights, file)
-        contents.append(file.read_bytes())
-    for content in contents:
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"weights\.pth does not hold the Inception network"):
-            features.InceptionExtractor(file)
-    assert not sprung.exists()
-
-
 # -------------------------------------------------------------------------------------- classifiers of this project
 
 
@@ -464,6 +230,10 @@ class TinyClassifier(torch.nn.Module):
 
     def forward(self, x, timesteps):
         return 4 * self.features(x, timesteps)
+
+
+def random_images(seed, *shape):
+    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
 
 
 @pytest.fixture
@@ -524,8 +294,80 @@ def test_make_extractor_says_what_there_is(classifier_file):
         features.make_extractor("nothing")
     with pytest.raises(ValueError, match="weights belong to the extractor 'inception'"):
         features.make_extractor(classifier_file, weights="inception.pth")
+    with pytest.raises(ValueError, match="resize, dtype, allow_other_weights belong to the extractor 'inception'"):
+        features.make_extractor(classifier_file, resize="bicubic")
     with pytest.raises(ValueError, match="4 images in batches of 0"):
         features.extract(None, np.zeros((4, 8, 8, 3), np.uint8), batch_size=0)
+
+
+# ------------------------------------------------------------------------------------------------- other extractors
+
+
+def test_a_function_of_ones_own_is_an_extractor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "own_features.py"
+    module.write_text("import torch\ndef tensor(images):\n    return torch.tensor(images).double().mean((1, 2))\n"
+                      "def wrong(images):\n    return images\ndef broken(images):\n    return images[:, 0, 0] * 1e999\n"
+                      "tensor.channels = 1\n")  # fmt: skip
+    extractor = features.make_extractor("own_features:tensor")
+    assert (extractor.name, extractor.dim, extractor.channels) == ("own_features:tensor", 1, 1)
+    images = random_images(0, 4, 5, 5, 1)
+    got = features.extract(extractor, images, 3)
+    np.testing.assert_allclose(got.pool, images.mean((1, 2)), rtol=1e-6)
+    assert got.pool.dtype == np.float32 and got.probabilities is None and got.spatial is None
+    assert features.identity_of(extractor)["code"] == f"sha256:{hashlib.sha256(module.read_bytes()).hexdigest()}"
+    for name, message in (
+        ("own_features:wrong", r"gave \[1, 32, 32, 3\] for 1 images: expected \[N,D\]"),
+        ("own_features:broken", "NaN or infinite"),
+        ("own_features:absent", "has no attribute 'absent'"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            features.make_extractor(name)
+
+
+def fake_registry(monkeypatch, kind):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    registry = types.ModuleType("torch_fidelity.registry")
+    registry.FEATURE_EXTRACTORS_REGISTRY = {"inception-v3-compat": None, "dinov2-vit-s-14": kind}
+    monkeypatch.setitem(sys.modules, "torch_fidelity.registry", registry)
+
+
+def test_networks_of_torch_fidelity_stand_behind_the_same_door(monkeypatch):
+    class Means(torch.nn.Module):
+        def __init__(self, name, layers):
+            super().__init__()
+            assert (name, layers) == ("dinov2-vit-s-14", ["tokens"])
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        get_default_feature_layer_for_metric = staticmethod({"fid": "tokens"}.__getitem__)
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and not self.training
+            return (self.scale * x.float().mean((2, 3)),)
+
+    fake_registry(monkeypatch, Means)
+    extractor = features.make_extractor("dinov2-vit-s-14")
+    assert (extractor.name, extractor.dim) == ("dinov2-vit-s-14", 3)
+    images = random_images(0, 20, 5, 5, 3)
+    np.testing.assert_allclose(extractor(images).pool, 2 * images.mean((1, 2)), rtol=1e-6)
+    assert features.identity_of(extractor)["weights"].startswith("tensors:")
+    with pytest.raises(ValueError, match="clip-none is none of torch-fidelity's: dinov2-vit-s-14"):
+        features.make_extractor("clip-none")
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("no internet connection\nand more")])
+def test_without_their_weights_or_torchvision_the_error_says_what_is_missing(monkeypatch, error):
+    def kind(name, layers):
+        raise error
+
+    kind.get_default_feature_layer_for_metric = {"fid": "tokens"}.__getitem__
+    fake_registry(monkeypatch, kind)
+    with pytest.raises(FileNotFoundError, match="the weights of dinov2-vit-s-14 cannot be had: no "):
+        features.make_extractor("dinov2-vit-s-14")
+    monkeypatch.setitem(sys.modules, "torch_fidelity.registry", None)
+    with pytest.raises(ImportError, match=r"needs torch-fidelity and a torchvision that fits torch 2\..*: pip install"):
+        features.make_extractor("dinov2-vit-s-14")
 
 
 # ------------------------------------------------------------------------------------------- the evaluator program
@@ -559,19 +401,107 @@ def test_evaluate_is_the_metrics_of_the_features(files):
     reference, sample = FirstPixels()(REFERENCE), FirstPixels()(SAMPLE)
     precision, recall = metrics.precision_recall(reference.pool, sample.pool)
     scores = evaluator.evaluate(*files, FirstPixels(), batch_size=7)
-    assert scores == {
-        "extractor": "inception",
-        "reference": {"file": str(files[0]), "images": 30, "stored_moments": []},
-        "sample": {"file": str(files[1]), "images": 40, "stored_moments": []},
+    wide = neighbours.neighbourhood_scores(reference.pool, sample.pool)
+    expected = {
         "inception_score": metrics.inception_score(sample.probabilities),
         "fid": metrics.frechet_distance_from_features(reference.pool, sample.pool),
         "sfid": metrics.frechet_distance_from_features(reference.spatial, sample.spatial),
         "precision": precision,
         "recall": recall,
+        "density": wide["density"],
+        "coverage": wide["coverage"],
     }
+    assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+    assert scores["extractor"] == "inception" and scores["notes"] == ["30 reference images against 40 samples"]
+    found = errors.errors_of(reference, sample)
+    assert {key: scores[key] for key in found} == found and scores["standard_errors"]["fid"] > 0
+    assert scores["kid"] == kernel.kid(reference.pool, sample.pool).value
+    assert set(scores) == {*expected, *found, "kid", "extractor", "reference", "sample", "protocol", "notes"}
+    plain = evaluator.evaluate(*files, FirstPixels(), with_errors=False)
+    assert set(plain) == set(scores) - set(found) - {"kid"}
     assert 0 < recall < 1 and precision != recall
     in_memory = evaluator.evaluate(*map(evaluator.ImageSet, "ab", (REFERENCE, SAMPLE)), FirstPixels())
-    assert [in_memory[key] for key in ("fid", "sfid", "recall")] == [scores[key] for key in ("fid", "sfid", "recall")]
+    assert {key: in_memory[key] for key in expected} == {key: scores[key] for key in expected}
+    assert in_memory["protocol"] == scores["protocol"]
+
+
+def test_a_result_carries_its_protocol(files, tmp_path):
+    scores = evaluator.evaluate(*files, FirstPixels())
+    each = b"".join(hashlib.sha256(b"(4, 4, 3)" + image.tobytes()).digest() for image in REFERENCE)
+    images = hashlib.sha256(each).hexdigest()
+    protocol = scores["protocol"]
+    assert protocol["reference"] == scores["reference"]["sha256"]
+    assert protocol["reference"] == f"sha256:{hashlib.sha256(images.encode()).hexdigest()}"
+    assert protocol["images"] == {"reference": 30, "sample": 40} and protocol["extractor"] == {"name": "inception"}
+    assert (protocol["k"], protocol["density_k"], protocol["distances"]) == (3, 5, "float32")
+    assert (protocol["split_size"], protocol["splits"], protocol["shuffle"]) == (5000, None, None)
+    assert protocol["versions"]["torch"] == torch.__version__
+    switched = evaluator.evaluate(*files, FirstPixels(), settings=evaluator.Settings(k=2, splits=4, shuffle=1))
+    differing = {key for key in protocol if switched["protocol"][key] != protocol[key]}
+    assert differing == {"k", "splits", "shuffle"}
+    assert switched["inception_score"] != scores["inception_score"] and switched["recall"] < scores["recall"]
+    assert switched["fid"] == scores["fid"] and switched["coverage"] == scores["coverage"]
+    other = tmp_path / "other.npz"
+    np.savez(other, np.concatenate([REFERENCE[1:], REFERENCE[:1]]))
+    assert evaluator.evaluate(other, files[1], FirstPixels())["protocol"]["reference"] != protocol["reference"]
+
+
+def test_stored_moments_count_as_part_of_the_reference_and_those_of_other_features_are_left_alone(files, tmp_path):
+    moments = {"mu": np.full(3, 90.0), "sigma": 50 * np.eye(3), "mu_s": np.full(2, 80.0), "sigma_s": 60 * np.eye(2)}
+    np.savez(tmp_path / "a.npz", REFERENCE, **moments)
+    told = json.dumps({"extractor": {"name": "inception", "resize": "bicubic"}})
+    np.savez(tmp_path / "b.npz", REFERENCE, provenance=np.array(told), **moments)
+    plain = evaluator.evaluate(*files, FirstPixels())
+    stored = evaluator.evaluate(tmp_path / "a.npz", files[1], FirstPixels())
+    foreign = evaluator.evaluate(tmp_path / "b.npz", files[1], FirstPixels())
+    assert stored["protocol"]["reference"] != plain["protocol"]["reference"] == foreign["protocol"]["reference"]
+    assert foreign["fid"] == plain["fid"] != stored["fid"]
+    told = f"stored statistics of the reference, {tmp_path / 'b.npz'}, are of other features and were not used"
+    assert foreign["notes"][0] == told
+
+
+def test_the_order_in_which_batches_come_does_not_matter(files):
+    how = {"settings": evaluator.Settings(split_size=7)}  # so that the inception score knows the order of the images
+    expected = evaluator.evaluate(*files, FirstPixels("judge"), **how)
+    order = np.random.RandomState(5).permutation(40)
+    batches = [(rows, SAMPLE[rows], rows % 3) for rows in np.split(order, [1, 4, 30])]
+    scores = evaluator.evaluate(files[0], batches, FirstPixels("judge"), batch_size=3, **how)
+    assert 0.1 < expected["label_agreement"] < 0.9
+    numbers = [key for key in evaluator.LINES if key in expected]
+    assert {key: scores[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-8)
+    assert scores["sample"]["sha256"] == expected["sample"]["sha256"] and scores["protocol"] == expected["protocol"]
+    with pytest.raises(ValueError, match="stream: image 3 came twice"):
+        evaluator.evaluate(files[0], [([1, 3], SAMPLE[:2], None), ([3, 4], SAMPLE[2:4], None)], FirstPixels())
+
+
+def test_statistics_alone_as_pytorch_fid_edm_and_clean_fid_keep_them_give_fid(files, tmp_path):
+    seen = FirstPixels()(REFERENCE)
+    mu, sigma = metrics.moments(seen.pool)
+    np.savez(tmp_path / "stats.npz", mu=mu.astype(np.float32), sigma=sigma)
+    scores = evaluator.evaluate(tmp_path / "stats.npz", files[1], FirstPixels())
+    assert scores["fid"] == pytest.approx(evaluator.evaluate(*files, FirstPixels())["fid"], rel=1e-6)
+    assert not {"sfid", "precision", "recall", "density"} & set(scores) and scores["inception_score"] > 1
+    assert scores["notes"] == [
+        f"{tmp_path / 'stats.npz'} holds no images: no precision, recall, density and coverage",
+        "stored statistics without mu_s: sfid left out",
+    ]
+    with pytest.raises(ValueError, match=r"stats\.npz has no array arr_0"):
+        evaluator.evaluate(files[0], tmp_path / "stats.npz", FirstPixels())
+
+
+def test_what_is_unlike_is_said(files, tmp_path):
+    folder = tmp_path / "jpegs"
+    folder.mkdir()
+    for i, image in enumerate(np.repeat(SAMPLE[:6], 2, axis=0)):
+        Image.fromarray(image.repeat(2, 0).repeat(2, 1)).save(folder / f"{i}.jpg")
+    notes = evaluator.evaluate(files[0], folder, FirstPixels())["notes"]
+    assert notes[0].startswith("warning: the sample is JPEG or another lossy format and the reference is not")
+    assert notes[1] == "30 reference images against 12 samples"
+    assert notes[2] == "reference and sample are of different sizes, 4x4x3 and 8x8x3 (height x width x channels)"
+    assert notes[3] == "6 images of the sample are exact copies of others in it" and len(notes) == 4
+    few = evaluator.evaluate(REFERENCE[:5], SAMPLE[:5], FirstPixels())
+    assert few["notes"] == ["5 reference images are too few for density and coverage with 5 neighbours"]
+    assert "density" not in few and few["precision"] >= 0
 
 
 def test_s08_61_stored_moments_override_the_images_which_are_still_needed(files, tmp_path):
@@ -583,7 +513,7 @@ def test_s08_61_stored_moments_override_the_images_which_are_still_needed(files,
     seen = FirstPixels()(SAMPLE)
     fid = metrics.frechet_distance(moments["mu"], moments["sigma"], *metrics.moments(seen.pool))
     sfid = metrics.frechet_distance(moments["mu_s"], moments["sigma_s"], *metrics.moments(seen.spatial))
-    assert (scores["fid"], scores["sfid"]) == (fid, sfid)
+    assert (scores["fid"], scores["sfid"]) == pytest.approx((fid, sfid), rel=1e-12)
     assert scores["fid"] != pytest.approx(plain["fid"], rel=0.01)
     for key in ("inception_score", "precision", "recall"):
         assert scores[key] == plain[key]
@@ -592,36 +522,39 @@ def test_s08_61_stored_moments_override_the_images_which_are_still_needed(files,
     assert evaluator.evaluate(with_moments, with_moments, FirstPixels())["fid"] == pytest.approx(0, abs=1e-10)
     other = FirstPixels("classifier.pt")
     assert evaluator.evaluate(with_moments, files[1], other)["fid"] == evaluator.evaluate(*files, other)["fid"]
-    np.savez(with_moments, **moments)
-    with pytest.raises(ValueError, match="has no array arr_0"):
-        evaluator.evaluate(with_moments, files[1], FirstPixels())
     np.savez(with_moments, REFERENCE, mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(ValueError, match=r"mu of .*with_moments\.npz, .*sample\.npz: Gaussians of 4 and 3 dimensions"):
+    with pytest.raises(ValueError, match=r"mu of the reference and the sample: Gaussians of 4 and 3 dimensions"):
         evaluator.evaluate(with_moments, files[1], FirstPixels())
 
 
 def test_the_program_prints_the_five_lines_and_writes_json(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "make_extractor", lambda spec, device, weights: FirstPixels())
+    monkeypatch.setattr(evaluator, "make_extractor", lambda spec, device, weights, **options: FirstPixels())
     out = tmp_path / "scores.json"
     assert evaluator.main([*map(str, files), "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     scores = evaluator.evaluate(*files, FirstPixels())
-    assert printed.out == (
+    assert printed.out.startswith(
         f"Inception Score: {scores['inception_score']}\nFID: {scores['fid']}\nsFID: {scores['sfid']}\n"
-        f"Precision: {scores['precision']}\nRecall: {scores['recall']}\n"
+        f"Precision: {scores['precision']}\nRecall: {scores['recall']}\n"  # the original's five lines, then more
+        f"Density: {scores['density']}\nCoverage: {scores['coverage']}\nKID: {scores['kid']}\n"
     )
+    assert printed.out.splitlines()[8:] == tables.error_lines(scores)
+    assert errors.load(tmp_path / "scores.parts.npz")["fid"].value == pytest.approx(scores["fid"], rel=1e-10)
     assert "reference features" in printed.err and "sample features" in printed.err  # the progress bars
     assert json.loads(out.read_text()) == scores
 
 
 def test_the_program_with_a_classifier_names_it_and_prints_the_label_agreement(files, monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "make_extractor", lambda spec, device, weights: FirstPixels(spec))
+    monkeypatch.setattr(evaluator, "make_extractor", lambda spec, device, weights, **options: FirstPixels(spec))
     assert evaluator.main([*map(str, files), "--extractor", "classifier.pt"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Features: 3 of classifier.pt")
-    assert lines[1] == "No spatial features, so no sFID"
-    names = [line.split(":")[0] for line in lines[2:]]
-    assert names == ["Inception Score", "FID", "Precision", "Recall", "Label agreement"]
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "note: features: 3 of classifier.pt; compare only with" in printed.err
+    assert "note: no spatial features, so no sFID" in printed.err
+    lines, of_errors = lines[:8], lines[8:]
+    names = [line.split(":")[0] for line in lines]
+    assert names == ["Inception Score", "FID", "Precision", "Recall", "Density", "Coverage", "KID", "Label agreement"]
+    assert of_errors[-1].startswith("Label agreement") and len(of_errors) == 9
     agreement = (SAMPLE.reshape(40, -1)[:, :3].argmax(axis=1) == np.arange(40) % 3).mean()
     assert lines[-1] == f"Label agreement: {agreement}"
 
@@ -650,7 +583,7 @@ def changed(pixel):
     ({"arr_0": REFERENCE, "arr_1": np.zeros(5, int)}, "bad.npz, arr_1: labels are int64 of shape [5]: expected 30"),
 ])
 def test_the_program_refuses_bad_files_in_one_line(files, tmp_path, monkeypatch, capsys, arrays, message):
-    monkeypatch.setattr(evaluator, "make_extractor", lambda spec, device, weights: FirstPixels("classifier.pt"))
+    monkeypatch.setattr(evaluator, "make_extractor", lambda *_, **options: FirstPixels("classifier.pt"))
     np.savez(tmp_path / "bad.npz", **arrays)
     assert evaluator.main([str(files[0]), str(tmp_path / "bad.npz")]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
@@ -678,18 +611,23 @@ def test_the_program_refuses_files_that_are_no_npz(files, tmp_path, capsys, cont
 
 def test_the_program_takes_floats_that_are_whole_numbers(files, tmp_path):
     np.savez(tmp_path / "floats.npz", SAMPLE.astype(np.float32))
-    floats = evaluator.read_image_set(tmp_path / "floats.npz")
+    floats = next(sources.open_source(tmp_path / "floats.npz").blocks())
     assert floats.images.dtype == np.uint8
     np.testing.assert_array_equal(floats.images, SAMPLE)
 
 
 @pytest.mark.parametrize("option, value, message", [
     ("--out", "nowhere/scores.json", "no such folder"),
-    ("--device", "tpu9", "--device tpu9 is not a device"),
+    ("--device", "tpu9", "device 'tpu9' is not available here; choose from cpu"),
+    ("--k", "0", "k is 0: it must be at least 1"),
+    ("--splits", "0", "splits is 0"),
+    ("--resize", "bicubic", "no Inception weights at nowhere.pth"),
     ("--extractor", "nothing", "extractor nothing is neither"),
     ("--weights", "nowhere.pth", "no Inception weights at nowhere.pth"),
 ])
-def test_the_program_refuses_bad_options_before_it_computes(files, capsys, option, value, message):
+def test_the_program_refuses_bad_options_before_it_computes(files, capsys, monkeypatch, option, value, message):
+    if option == "--resize":  # a right one: the next thing that is wrong
+        monkeypatch.setenv("GD_INCEPTION_WEIGHTS", "nowhere.pth")
     assert evaluator.main([*map(str, files), option, value]) == 2
     assert message in capsys.readouterr().err
 
@@ -705,13 +643,16 @@ def test_the_program_end_to_end_with_an_inception_network(tmp_path, inception, i
     np.savez(reference, random_images(2, 6, 16, 16, 3))
     np.savez(sample, random_images(3, 5, 16, 16, 3), np.arange(5))
     out = tmp_path / "scores.json"
-    options = ["--device", "cpu", "--batch_size", 4, "--weights", inception_file, "--out", out]
+    options = ["--device", "cpu", "--batch_size", 4, "--weights", inception_file, "--allow_other_weights", "--out", out]
     done = run_program("evaluations/evaluator.py", reference, sample, *options)
     assert done.returncode == 0, done.stderr
-    lines = dict(line.split(": ") for line in done.stdout.splitlines())
-    assert list(lines) == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    lines = dict(line.split(": ") for line in done.stdout.splitlines() if ": " in line)
+    assert list(lines)[:5] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
     scores = json.loads(out.read_text())
-    assert [float(value) for value in lines.values()] == [scores[key] for key in list(evaluator.LINES)[:5]]
+    assert [float(value) for value in lines.values()] == [scores[key] for key in list(evaluator.LINES)[: len(lines)]]
+    weights = hashlib.sha256(inception_file.read_bytes()).hexdigest()
+    told = {"name": "inception", "weights": f"sha256:{weights}", "resize": "tf1", "dtype": "float32"}
+    assert scores["protocol"]["extractor"] == told
     pools = [inception(np.load(path)["arr_0"]).pool for path in (reference, sample)]
     assert scores["fid"] == pytest.approx(metrics.frechet_distance_from_features(*pools), rel=1e-5)
 
@@ -719,4 +660,5 @@ def test_the_program_end_to_end_with_an_inception_network(tmp_path, inception, i
 def test_the_program_as_a_module_reports_bad_input_with_exit_code_2(tmp_path):
     done = run_program("-m", "evaluations.evaluator", tmp_path / "none.npz", tmp_path / "none.npz")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'none.npz'}: no such file; expected an npz file of images\n"
+    told = "no such file; expected an npz file of images, or a folder or zip of pictures"
+    assert done.stderr == f"error: {tmp_path / 'none.npz'}: {told}\n"

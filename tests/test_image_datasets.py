@@ -283,6 +283,7 @@ def test_npz_of_grey_images_with_class_names(tmp_path):
         ({"data_dir": "{}/empty"}, r"no images in .*empty.*\*.jpg, \*.jpeg, \*.png, \*.gif"),
         ({"data_dir": "{}/data/a_00.png"}, "neither a folder nor an npz file"),
         ({"batch_size": 13}, "holds 12 images.*batch of 13.*batch_size from 1 to 12"),
+        ({"num_ranks": 13}, "holds 12 images, 0 for each of 13 rank.*use fewer processes, or add images"),
         ({"batch_size": 5, "num_ranks": 3}, "4 for each of 3 rank.*from 1 to 4"),
         ({"batch_size": 0}, "no batch of 0"),
         ({"image_channels": 2}, "image_channels is 2; choose 1"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from guided_diffusion import dist_util, logger
 
@@ -129,6 +130,51 @@ def test_tensorboard(tmp_path, monkeypatch):
         logger.configure(tmp_path, ["tensorboard"])
 
 
+def test_event_files_that_tensorboard_reads(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger.configure(tmp_path, ["tensorboard"])
+    for step in (10, 20):
+        dump(step=step, loss=1 / step)
+    Image.fromarray(np.full((4, 6, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    logger.logimage("samples", tmp_path / "a.png", 20)
+    logger.reset()
+    events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert {each.step: each.value for each in events.Scalars("loss")} == pytest.approx({10: 0.1, 20: 0.05})
+    (shown,) = events.Images("samples")
+    assert (shown.step, shown.width, shown.height) == (20, 6, 4)
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(log=lambda row, step: calls.append((row, step)), finish=lambda: calls.append("end"))
+
+    def init(**how):
+        calls.append(how)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda path: ("image", path)))
+    for _ in range(2):  # a run that goes on in its folder is the same run there
+        logger.configure(tmp_path / "run", ["wandb"])
+        dump(step=3, loss=0.5, note="text")
+        logger.logimage("samples", "a.png", 3)
+        logger.reset()
+    first, *rest = calls[:4]
+    assert first["name"] == "run" and first["resume"] == "allow" and first["project"] == "guided-diffusion"
+    assert rest == [({"step": 3, "loss": 0.5}, 3), ({"samples": ("image", "a.png")}, 3), "end"]
+    assert calls[4:] == calls[:4]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="needs the package wandb: pip install wandb"):
+        logger.configure(tmp_path, ["wandb"])
+
+
+def test_json_lines_under_their_usual_name_are_rewound_too(tmp_path):
+    logger.configure(tmp_path, ["jsonl"])
+    for step in (1, 2, 3):
+        dump(step=step)
+    logger.rewind(tmp_path, 2)
+    assert (tmp_path / "progress.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 # ------------------------------------------------------------------------------------------------------ the interface
 
 
@@ -237,7 +283,7 @@ def test_formats_from_the_environment(tmp_path, monkeypatch):
     logger.configure(tmp_path)
     dump(loss=1.0)
     assert sorted(os.listdir(tmp_path)) == ["progress.csv", "progress.json"]
-    with pytest.raises(ValueError, match="unknown log format 'xml'; choose from stdout, log, json, csv, tensorboard"):
+    with pytest.raises(ValueError, match="unknown log format 'xml'; choose from stdout, log, json, jsonl, csv, tensor"):
         logger.configure(tmp_path, ["xml"])
 
 

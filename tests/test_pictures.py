@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFont
 
 from guided_diffusion import pictures
-from guided_diffusion.pictures import BACKGROUND, grid, save_curves, save_grid, strip, to_uint8
+from guided_diffusion.pictures import BACKGROUND, draw_curves, grid, save_curves, save_grid, strip, to_uint8
 
 
 def noise(*shape):
@@ -162,6 +162,13 @@ def test_curves(tmp_path, monkeypatch):
     assert axes.get_yscale() == "log" and figures[1].axes[0].get_yscale() == "linear"
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["loss", "vb"]
     assert figures[1].legends == []
+
+
+def test_error_bars_of_curves_reach_as_far_as_the_errors():
+    axes = draw_curves({"a": ([1, 2], [3.0, 4.0], [0.5, 0.25]), "b": ([5], [6.0], [1.0], [2.0])}, "x", "y", "t").axes[0]
+    upright, (across, both) = (container[2] for container in axes.containers)
+    assert [bar.tolist() for bar in upright[0].get_segments()] == [[[1, 2.5], [1, 3.5]], [[2, 3.75], [2, 4.25]]]
+    assert across.get_segments()[0].tolist() == [[4, 6], [6, 6]] and both.get_segments()[0].tolist() == [[5, 4], [5, 8]]
 
 
 def test_curves_are_written_without_touching_pyplot(tmp_path):

@@ -30,7 +30,8 @@ from guided_diffusion.unet import EncoderUNetModel, UNetModel
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 MPIEXEC = shutil.which("mpiexec", path=f"{BIN}:{os.environ.get('PATH', '')}")
-PROGRAMS = ["image_train", "image_sample", "classifier_train", "classifier_sample"]
+PROGRAMS = ["image_train", "image_sample", "image_nll", "classifier_train", "classifier_sample", "super_res_train",
+            "super_res_sample"]  # fmt: skip
 
 NET = (
     "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
@@ -404,7 +405,7 @@ def test_a_path_is_enough_to_sample(plain, home):
     assert re.search(r"sampling: 100%.* 8/8 \[00:\d\d<00:00, +[\d.]+step/s, images=5/5\]", said.stderr)
     assert "samples: path_is_enough/samples_5x8x8x1.npz" in said.stdout
     folder = home / "path_is_enough"
-    assert names(folder) == ["log.txt", "samples_5x8x8x1.npz", "samples_5x8x8x1.png"]
+    assert names(folder) == ["log.txt", *(f"samples_5x8x8x1.{kind}" for kind in ("json", "npz", "png"))]
     _, images, labels = samples(folder)
     assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8 and labels is None
     assert min(Image.open(folder / "samples_5x8x8x1.png").size) > 40
@@ -416,7 +417,7 @@ def test_s08_34_pixels_are_truncated_and_the_name_tells_how_many(cond, tmp_path)
     done("image_sample", f"--model_path {path} --num_samples 7 --batch_size 4 --seed 5 --timestep_respacing 3"
          f" --grid False --log_dir {tmp_path}")  # fmt: skip
     name, images, labels = samples(tmp_path)
-    assert name == "samples_7x8x8x1.npz" and names(tmp_path) == ["log.txt", name]
+    assert name == "samples_7x8x8x1.npz" and names(tmp_path) == ["log.txt", "samples_7x8x8x1.json", name]
     assert images.dtype == np.uint8 and labels.dtype == np.int64 and labels.shape == (7,)
     model, diffusion, _ = open_diffusion(path, {"timestep_respacing": "3"})
     stream = generate.sample_stream(
@@ -473,19 +474,18 @@ def floats(monkeypatch):
     """The samples [N,C,H,W] of each program that runs, before they become bytes."""
     seen = []
 
-    def watched(stream):
+    def watched(stream, store):
         def copied():
             for indices, x, y in stream:
                 parts.append(x)
                 yield indices, x, y
 
         parts = []
-        result = collect(copied())
+        drain(copied(), store)
         seen.append(th.cat(parts))
-        return result
 
-    collect = program.collect
-    monkeypatch.setattr(program, "collect", watched)
+    drain = program.drain
+    monkeypatch.setattr(program, "drain", watched)
     return seen
 
 
@@ -626,10 +626,13 @@ def test_a_classifier_must_fit_the_model(plain, classifier, cond, pets, tmp_path
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_flag_has_help_and_default(name):
     groups = {
-        "image_train": "Train Model Diffusion Run",
-        "image_sample": "Sample Model Diffusion Run",
+        "image_train": "Train Watch Model Diffusion Run",
+        "image_sample": "Sample Evaluate Model Diffusion Run",
+        "image_nll": "NLL Model Diffusion Run",
+        "super_res_train": "SuperResTrain SuperRes Diffusion Run",
+        "super_res_sample": "SuperResSample Evaluate SuperRes Diffusion Run",
         "classifier_train": "ClassifierTrain Classifier Diffusion Run",
-        "classifier_sample": "ClassifierSample Model Diffusion Classifier Run",
+        "classifier_sample": "ClassifierSample Evaluate Model Diffusion Classifier Run",
     }[name]
     expected = config.options(*(getattr(config, f"{group}Options") for group in groups.split()))
     text = done(name, "--help").out
@@ -786,9 +789,11 @@ def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, pets
         refused("image_train", f"{words} {way} --noise_schedule linear",
                 "--noise_schedule linear.*has noise_schedule cosine.*--force True")  # fmt: skip
         refused("image_train", f"{words} {way} --seed 1", "with seed 0, this one has 1.*--force True")
-        refused("image_train", f"{words} {way} --data_dir {pets}/train", "with data [0-9a-f]{16}, this one has")
+        refused("image_train", f"{words} {way} --data_dir {pets}/train",
+                r"with data \d+ images in .*digits/train \([0-9a-f]{16}\), this one has \d+ images in .*pets",
+                )  # fmt: skip
     refused("image_train", f"{words} --learn_sigma --force True", "does not fit")
-    refused("image_train", f"{words} --resume never", "holds the checkpoints of a run and --resume is never")
+    refused("image_train", f"{words} --resume never", "holds the checkpoints of a run, .*--resume is never")
     refused("classifier_train", f"--data_dir {digits}/train {CLASSIFIER} {TRAIN} --log_dir {folder}",
             "holds a diffusion network, not a classifier one: choose another --log_dir")  # fmt: skip
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.txt", ".lock")}
@@ -796,7 +801,7 @@ def test_a_run_that_cannot_begin_leaves_the_folder_as_it_was(plain, digits, pets
     said = done("image_train", f"{words} --dropout 0.1").out
     assert (folder / "model000009.pt").exists() and "changed since the last start: dropout 0.0 -> 0.1" in said
     said = done("image_train", f"{words} --iterations 10 --seed 1 --force True").out
-    assert "with seed 0, this one has 1: it would be neither run; going on by --force" in said
+    assert "with seed 0, this one has 1; going on by --force" in said
 
 
 # Images that cannot be read
@@ -910,15 +915,42 @@ def test_a_loss_that_is_not_a_number_costs_one_update(name, words, task, pets, t
     assert all(value.isfinite().all() for value in checkpoint.load(tmp_path / "model000004.pt").values())
 
 
+def test_bf16_from_training_to_samples(pets, cond, tmp_path):
+    words = f"--data_dir {pets}/train {NET} {TRAIN} --class_cond True --iterations 2 --precision bf16"
+    done("image_train", f"{words} --log_dir {tmp_path}/model")
+    path = model_of(tmp_path / "model")
+    assert {value.dtype for value in checkpoint.load(path).values()} == {th.float32}
+    drawn = []
+    for precision in ("fp32", "bf16", "fp16"):
+        done("image_sample", f"--model_path {model_of(cond)} --num_samples 4 --batch_size 4 --timestep_respacing 3"
+             f" --precision {precision} --log_dir {tmp_path}/{precision}")  # fmt: skip
+        drawn.append(samples(tmp_path / precision)[1].astype(float))
+    fp32, bf16, fp16 = drawn
+    assert 0 < np.abs(fp16 - fp32).mean() < np.abs(bf16 - fp32).mean() < 8
+    refused("image_sample", f"--model_path {model_of(cond)} --precision bf16 --use_fp16 True --log_dir {tmp_path}",
+            "--precision bf16 and --use_fp16 True are two precisions: drop --use_fp16")  # fmt: skip
+    refused("image_train", f"{words} --sharding fsdp --log_dir {tmp_path}/b", "fp32, fsdp; not fsdp in bf16")
+
+
+def test_a_precision_that_is_slow_here_is_said(pets, tmp_path, monkeypatch):
+    words = f"--data_dir {pets}/train {NET} {TRAIN} --iterations 1"
+    for rate, said in ((1.0, True), (8.0, False)):
+        monkeypatch.setattr(program, "convolution_rate", lambda dtype, device: 5.0 if dtype == th.float32 else rate)  # noqa: B023
+        out = done("image_train", f"{words} --precision bf16 --log_dir {tmp_path}/{rate}").out
+        assert ("bf16 is 5.0 times slower than fp32 on this device" in out) == said
+
+
 def test_samples_that_are_not_numbers_are_not_written(plain, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(plain, folder)
     state = checkpoint.load(model_of(folder))
     state["out.2.bias"][:] = float("nan")
-    checkpoint.save(state, model_of(folder))
+    path = model_of(folder)
+    checkpoint.save(state, path)
+    (folder / "commit000008.json").unlink(missing_ok=True)
     refused("image_sample", f"--model_path {model_of(folder)} --num_samples 3 --batch_size 2 --timestep_respacing 2"
             f" --log_dir {tmp_path}/out", r"not finite for samples \[0, 1\]")  # fmt: skip
-    assert names(tmp_path / "out") == ["log.txt"]
+    assert names(tmp_path / "out") == ["log.txt", "samples_3x8x8x1.partial"]
 
 
 def test_options_of_training_reach_the_loop(pets, tmp_path, monkeypatch):

@@ -177,10 +177,10 @@ def distance(one, other):
 
 
 def test_averages_put_together_are_those_tracked_directly(home):
-    tracked = words("digits/train", "tracked", "--ema_power 0.08,0.12 --class_cond --num_classes 10")
-    stranger("scripts/image_train.py", tracked, home)
+    more = "--ema_power 0.08,0.12 --class_cond --num_classes 10"
+    done("image_train", words(home / "digits/train", home / "tracked", more))
     assert th.equal(flat(home / "run/model000020.pt"), flat(home / "tracked/model000020.pt"))
-    said = stranger("scripts/posthoc_ema.py", "run --sigma_rel 0.05,0.08,0.12", home).stdout
+    said = done("posthoc_ema", f"{home}/run --sigma_rel 0.05,0.08,0.12").out
     assert said.startswith("20 snapshots of widths 0.05, 0.1\n")
     assert "run/ema_posthoc0.05_000020.pt: relative error of the profile 0.00%" in said and "warning" not in said
     own = flat(home / "run/ema_power0.05_000020.pt")
@@ -238,6 +238,21 @@ def test_snapshots_that_do_not_fit_are_named(home, tmp_path, harm, message):
     harm(tmp_path / "ema_power0.1_000018.pt")
     refused("posthoc_ema", f"{tmp_path} --sigma_rel 0.08", message)
     assert not list(tmp_path.glob("*posthoc*"))
+
+
+@pytest.mark.parametrize("name, program", [
+    ("ema_power0.1_000018.pt", "posthoc_ema {}/damaged --sigma_rel 0.08"),
+    ("model000020.pt", "image_sample --model_path {}/damaged/model000020.pt --num_samples 2 --log_dir {}/drawn2"),
+])  # fmt: skip
+def test_a_flipped_bit_is_noticed_before_weights_are_used(home, tmp_path, name, program):
+    """Amid the weights, where torch itself opens the file."""
+    shutil.copytree(home / "run", tmp_path / "damaged")
+    content = bytearray((tmp_path / "damaged" / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged" / name).write_bytes(content)
+    checkpoint.load(tmp_path / "damaged" / name)
+    program, words = program.format(tmp_path, tmp_path).split(" ", 1)
+    refused(program, words, f"{name} is damaged: its SHA-256 is not")
 
 
 def test_a_folder_of_another_network_takes_no_average(home, tmp_path):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch as th
 from test_programs import NET, done, same
 
-from guided_diffusion import checkpoint, ema, saves
+from guided_diffusion import checkpoint, ema, logger, runs, saves
 
 
 def files(step, value=1.0):
@@ -51,7 +52,7 @@ def flip(path):
     (lambda folder: (folder / "opt000009.pt").write_bytes(b"short"), r"opt000009.pt has 5 bytes instead of \d+"),
     (lambda folder: (folder / "state000009.pt").unlink(), "state000009.pt is missing"),
     (lambda folder: (folder / "model000009.pt").unlink(), "model000009.pt is missing"),
-    (lambda folder: (folder / "commit000009.json").unlink(), "model000009.pt has no commit000009.json: .*cut short"),
+    (lambda folder: (folder / "commit000009.json").unlink(), "update 9 has no commit000009.json: .*cut short"),
     (lambda folder: (folder / "commit000009.json").write_text("{"), "commit000009.json cannot be read"),
     (lambda folder: (folder / "commit000009.json").write_text("[]"), "commit000009.json cannot be read"),
 ])  # fmt: skip
@@ -63,6 +64,40 @@ def test_the_newest_whole_checkpoint_is_used_and_broken_ones_are_named(tmp_path,
     assert path == str(tmp_path / "model000005.pt")
     assert len(problems) == 1
     assert re.search(said, problems[0])
+
+
+def test_a_save_that_came_to_no_model_is_named(tmp_path):
+    for name in ("ema_0.9_000004.pt", "opt000004.pt", "ema_posthoc0.1_000009.pt", "notes000009.pt"):
+        checkpoint.save({}, tmp_path / name)
+    said = ["update 4 has no commit000004.json: its save was cut short"]
+    assert saves.newest(tmp_path) == (None, said)
+    saves.write(tmp_path, 3, files(3))
+    assert saves.newest(tmp_path) == (str(tmp_path / "model000003.pt"), said)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_begins_anew_unasked(tmp_path):
+    for step in (5, 9):
+        saves.write(tmp_path, step, files(step))
+        flip(tmp_path / f"opt{step:06d}.pt")
+    before = names(tmp_path)
+    told = r"no checkpoint of .* is whole \(opt000009.pt is damaged.*; opt000005.pt is damaged.*move them away"
+    with pytest.raises(ValueError, match=told):
+        runs.take_up(str(tmp_path), str(tmp_path), "auto", "")
+    runs.leave()
+    assert names(tmp_path) == sorted([*before, ".lock"])
+
+
+def test_one_file_is_held_against_its_commit_file(tmp_path):
+    saves.write(tmp_path, 9, files(9))
+    for name in files(9):
+        saves.check_file(tmp_path / name)
+    saves.check_file(tmp_path / "nothing000009.pt")  # whoever opens it will say so
+    flip(tmp_path / "ema_0.9_000009.pt")
+    saves.check_file(tmp_path / "model000009.pt")
+    with pytest.raises(ValueError, match=r"ema_0.9_000009.pt is damaged: .*on purpose, delete .*commit000009.json"):
+        saves.check_file(tmp_path / "ema_0.9_000009.pt")
+    (tmp_path / "commit000009.json").unlink()
+    saves.check_file(tmp_path / "ema_0.9_000009.pt")
 
 
 def test_a_folder_of_the_original_has_no_commit_files_and_its_newest_model_is_taken(tmp_path):
@@ -103,6 +138,29 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, monkeypa
     assert not [name for name in names(tmp_path) if "tmp" in name or name == "commit000002.json"]
 
 
+def test_the_system_refuses_to_write_amid_a_checkpoint_and_a_log(tmp_path):
+    """A limit of the system on the size of files, met where a full disk would be: inside torch's writer."""
+    resource = pytest.importorskip("resource")
+    with saves.Saver(tmp_path) as saver:
+        saver.submit(1, files(1))
+    before, log = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}, tmp_path / "log.txt"
+    log.write_text("x" * 299_999)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*opt000002\.pt: File too large"):
+            saves.write(tmp_path, 2, {"ema_0.9_000002.pt": {}, "opt000002.pt": {"w": th.zeros(100_000)}})
+        with pytest.raises(OSError, match=r"cannot write .*log\.txt: File too large"):
+            logger.HumanOutputFormat(str(log)).writeseq(["more", "words"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == sorted([*before, "ema_0.9_000002.pt", "log.txt"])
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+    assert saves.newest(tmp_path) == (
+        str(tmp_path / "model000001.pt"), ["update 2 has no commit000002.json: its save was cut short"]
+    )  # fmt: skip
+
+
 def test_a_background_save_copies_before_it_returns(tmp_path):
     value = {"w": th.zeros(300_000), "nested": [{"v": th.zeros(3)}]}
     with saves.Saver(tmp_path) as saver:
@@ -111,6 +169,23 @@ def test_a_background_save_copies_before_it_returns(tmp_path):
         value["nested"][0]["v"] += 1
     saved = checkpoint.load(tmp_path / "model000001.pt")
     assert saved["w"].sum() == 0 and saved["nested"][0]["v"].sum() == 0
+
+
+def test_a_background_save_does_not_wait_for_the_disk_but_the_next_one_does(tmp_path, monkeypatch):
+    disk, real = threading.Event(), saves.write
+    monkeypatch.setattr(saves, "write", lambda *args: (disk.wait(30), real(*args)))
+    saver = saves.Saver(tmp_path)
+    saver.submit(1, files(1))
+    assert names(tmp_path) == []  # and we are here: steps go on
+    second = threading.Thread(target=saver.submit, args=(2, files(2)))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    disk.set()
+    second.join(30)
+    saver.wait()
+    assert saves.newest(tmp_path) == (str(tmp_path / "model000002.pt"), [])
+    assert saves.committed(names(tmp_path)) == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------- the lock

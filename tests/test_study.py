@@ -14,8 +14,10 @@ import torch as th
 from PIL import Image
 from test_programs import refused
 
+from evaluations import intervals
 from evaluations.features import Features
-from evaluations.judge import judged, mean_and_error
+from evaluations.influence import Estimate
+from evaluations.judge import judged
 from guided_diffusion import study
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.process import get_named_beta_schedule
@@ -122,7 +124,7 @@ def test_the_judge_counts_obedience_and_the_spread_of_what_it_sees(tmp_path):
         value = images.reshape(len(images), 1).astype(np.float64)
         return Features(value, np.hstack([value < 100, value >= 100]).astype(np.float64))
 
-    judge.name = "by hand"
+    judge.name, judge.dim = "by hand", 1
 
     def write(name, values, labels):
         np.savez(tmp_path / name, arr_0=np.array(values, np.uint8).reshape(-1, 1, 1, 1), arr_1=np.array(labels))
@@ -134,14 +136,25 @@ def test_the_judge_counts_obedience_and_the_spread_of_what_it_sees(tmp_path):
     assert scores["label_agreement"] == 3 / 6
     # Seen as class 0: 0, 4, 12; as class 1: 200, 206, 212. The labels asked for play no part.
     assert scores["spread"] == pytest.approx((np.var([0, 4, 12], ddof=1) + 36) / 2, rel=1e-12)
+    of_two = [np.square([0 - 16 / 3, 4 - 16 / 3, 12 - 16 / 3]), np.square([-6.0, 0, 6])]
+    expected = math.sqrt(sum(np.square((each - each.mean()) / 6).sum() for each in of_two))
+    assert scores["standard_errors"]["spread"] == pytest.approx(expected, rel=1e-12)
+    assert scores["standard_errors"]["fid"] > 0
     alone = write("alone.npz", [0, 4, 12, 200], [0, 0, 0, 1])
     assert judged(reference, alone, judge)["spread"] == pytest.approx(np.var([0, 4, 12], ddof=1), rel=1e-12)
 
 
-def test_mean_and_standard_error():
-    assert mean_and_error([1, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3 / 4)), rel=1e-12)
-    mean, error = mean_and_error([0.25])
-    assert mean == 0.25 and math.isnan(error)
+def test_the_mean_of_runs_has_their_errors_and_the_common_one_of_the_reference_once():
+    runs = [Estimate(value, np.array([3.0, -4.0]), np.array([1.0, -1.0]), 0.5) for value in (1.0, 2.0, 6.0)]
+    mean = intervals.mean(runs)
+    assert (mean.value, mean.bias) == (3.0, 0.5)
+    assert intervals.standard_error(mean) == pytest.approx(math.sqrt(25 / 3 + 2), rel=1e-12)
+    alone = intervals.mean(runs[:1])
+    assert intervals.standard_error(alone) == intervals.standard_error(runs[0]) == math.sqrt(27)
+    fixed = intervals.mean([each._replace(reference=None) for each in runs])
+    assert fixed.reference is None and intervals.standard_error(fixed) == pytest.approx(5 / math.sqrt(3), rel=1e-12)
+    with pytest.raises(ValueError, match="references of unlike sizes"):
+        intervals.mean([runs[0], runs[1]._replace(reference=np.zeros(3))])
 
 
 @pytest.mark.parametrize(
@@ -198,7 +211,7 @@ def test_the_mnist_study_says_what_it_measured(tmp_path):
     work.out.mkdir(exist_ok=True)
     lines = mnist.write_report(work, args, rows, ["noising.png"]).read_text().splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert table[2].startswith("| real, held out | 0.500 |") and table[3].startswith("| 2.5 | 0.500 ± 0.100 |")
+    assert table[2].startswith("| real, held out | 0.5 |") and table[3].startswith("| 2.5 | 0.50 ± 0.10 |")
     assert len(table) == 4 and "![noising.png](pictures/noising.png)" in lines
 
 

@@ -96,7 +96,7 @@ def test_no_training_step_waits(kind, monkeypatch, tmp_path):
     assert copies.waiting == []
 
 
-@pytest.mark.parametrize("name", sampling.SAMPLERS.keys() - {"adaptive"})
+@pytest.mark.parametrize("name", sorted(sampling.SAMPLERS.keys() - {"adaptive"}))
 def test_no_step_of_a_guided_walk_waits(name):
     """The adaptive sampler must know its error to choose its step; the others know all steps beforehand."""
     model, diffusion = create_model_and_diffusion(**NET | {"class_cond": True, "learn_sigma": True})
@@ -132,9 +132,9 @@ def test_the_gpu_checks_run_on_a_cpu(tmp_path, capsys):
     for told in result["training"].values():
         assert [row["step"] for row in told["losses"]] == [2, 4, 6]
         assert told["no_step_waits"] is None and told["skipped_steps"] == 0
-    assert result["training"]["float16"]["lg_loss_scale"] == pytest.approx(20.006)  # 0.001 a step
+    assert result["training"]["fp16"]["lg_loss_scale"] == pytest.approx(20.006)  # 0.001 a step
     assert all(told["finite"] for told in result["walks"].values()) and len(result["walks"]) == 4
-    result["training"]["float16"]["losses"][-1]["loss"] *= 2
+    result["training"]["fp16"]["losses"][-1]["loss"] *= 2
     result["walks"]["ddpm"] = checks.checked("no_step_waits", th.device("cpu"), lambda: th.zeros(1, device=META).item())
     found = "\n".join(checks.problems(result))
-    assert "float16: the loss ended at" in found and "ddpm: a step waited for the device (failed: Tensor.item" in found
+    assert "fp16: the loss ended at" in found and "ddpm: a step waited for the device (failed: Tensor.item" in found

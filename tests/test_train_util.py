@@ -11,7 +11,7 @@ import torch as th
 from test_programs import same
 from torch import nn
 
-from guided_diffusion import checkpoint, dist_util, ema, guidance, health, logger, saves, train_util
+from guided_diffusion import checkpoint, dist_util, ema, guidance, health, logger, saves, signals, train_util
 from guided_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -28,7 +28,7 @@ from guided_diffusion.train_util import (
     compute_top_k,
     noise_like,
 )
-from guided_diffusion.unet import UNetModel
+from guided_diffusion.unet import SuperResModel, UNetModel
 
 DIFFUSION = GaussianDiffusion(
     betas=get_named_beta_schedule("linear", 40),
@@ -283,14 +283,34 @@ def test_s08_15_and_39_half_precision_training_saves_float32_and_grows_its_scale
 
 
 def test_half_precision_gradients_are_the_full_ones_to_half_precision():
-    grads = []
-    for use_fp16 in (True, False):
-        trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, use_fp16=use_fp16,
+    """fp16 keeps 11 bits of a number, bf16 8."""
+    grads = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, precision=precision,
                           initial_lg_loss_scale=10.0)  # fmt: skip
+        assert trainer.mp_trainer.lg_loss_scale == (10 if precision == "fp16" else 0)
         trainer.forward_backward(*next(pictures()))
         scale = 2**trainer.mp_trainer.lg_loss_scale
-        grads.append(th.cat([p.grad.float().flatten() / scale for p in trainer.mp_trainer.model_params]))
-    assert (grads[0] - grads[1]).norm() < 5e-3 * grads[1].norm()
+        grads[precision] = th.cat([p.grad.float().flatten() / scale for p in trainer.mp_trainer.model_params])
+    errors = {name: ((grad - grads["fp32"]).norm() / grads["fp32"].norm()).item() for name, grad in grads.items()}
+    assert 0 < errors["fp16"] < 5e-3 and 2 * errors["fp16"] < errors["bf16"] < 4e-2
+
+
+def test_bf16_training_keeps_float32_masters_and_has_no_scale(folder):
+    """A number that fp16 cannot hold is one of bf16; updates below its 8 bits are kept by the masters."""
+    trainer = train(folder, 3, net=unet(), precision="bf16", data=pictures(), batch_size=4, averages=[ema.Rate(0.5)],
+                    lr=1e-5)  # fmt: skip
+    body, saved = trainer.task.net.state_dict(), checkpoint.load(folder / "model000003.pt")
+    kinds = {name: value.dtype for name, value in body.items()}
+    assert kinds["input_blocks.0.0.weight"] == th.bfloat16 and trainer.mp_trainer.lg_loss_scale == 0
+    assert {kinds[name] for name in ("out.0.weight", "out.2.weight", "time_embed.0.weight")} == {th.float32}
+    assert {value.dtype for value in saved.values()} == {th.float32}
+    before = unet().state_dict()["input_blocks.0.0.weight"]
+    assert not th.equal(saved["input_blocks.0.0.weight"], before)
+    assert th.equal(body["input_blocks.0.0.weight"], saved["input_blocks.0.0.weight"].bfloat16())
+    huge = [{"data": ((x * 1e6, cond) for x, cond in pictures()), "precision": each} for each in ("bf16", "fp16")]
+    skipped = [train(folder, 1, net=unet(), batch_size=4, **how).mp_trainer.skipped for how in huge]
+    assert skipped == [0, 1]
 
 
 def test_overflow_halves_the_scale_and_skips(folder):
@@ -364,6 +384,27 @@ def test_train_loop_keeps_the_originals_arguments(folder):
     }  # fmt: skip
 
 
+def test_super_resolution_is_one_more_task_of_the_same_loop(folder):
+    """Small images go with the batch as a condition; the microbatch cuts them too."""
+
+    def pairs():
+        for x, _ in pictures():
+            yield x, {"low_res": nn.functional.avg_pool2d(x, 2)}
+
+    th.manual_seed(0)
+    options = {"in_channels": 1, "model_channels": 32, "out_channels": 1, "num_res_blocks": 1, "channel_mult": (1,)}
+    net = SuperResModel(image_size=8, attention_resolutions=(), **options)
+    nn.init.normal_(net.out[2].weight, std=0.05)
+    grads = []
+    for microbatch in (4, 1):
+        trainer = Trainer(DiffusionTask(net, DIFFUSION), None, batch_size=4, microbatch=microbatch)
+        trainer.forward_backward(*next(pairs()))
+        grads.append(th.cat([p.grad.flatten() for p in net.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
+    train(folder, 2, net=net, data=pairs(), batch_size=4, microbatch=2, val_data=pairs(), eval_interval=1)
+    assert {"loss", "val_loss", "x0_shift_c0"} <= set(rows(folder)[-1])
+
+
 def test_the_loss_aware_sampler_learns_during_training(folder):
     sampler = create_named_schedule_sampler("loss-second-moment", DIFFUSION)
     train(folder, 3, task=DiffusionTask(Net(), DIFFUSION, sampler))
@@ -375,12 +416,31 @@ def test_the_launch_test_variable_stops_after_the_first_save(folder, monkeypatch
     assert train(folder, 50, save_interval=2).step == 2
 
 
+def test_the_best_checkpoint_stays_and_is_named(folder, capsys):
+    """Validation on data that the first updates fit, and later ones, of another loss, do not."""
+
+    def turning():
+        for number, (x, cond) in enumerate(batches()):
+            yield (x if number < 4 else 30 * x), cond
+
+    with logger.scoped_configure(dir=str(folder), format_strs=["stdout"]):
+        trainer = train(folder, 12, data=turning(), val_data=batches(), eval_interval=1, save_interval=2, lr=0.05,
+                        keep_best=True, keep_last=1)  # fmt: skip
+    best = trainer.best["step"]
+    assert 2 <= best < 12
+    assert sorted(path.name for path in folder.glob("model*")) == [f"model{best:06d}.pt", "model000012.pt"]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the least validation loss")]
+    assert said[-1] == f"the least validation loss so far, {trainer.best['val_loss']:.4g}: model{best:06d}.pt"
+    assert checkpoint.load(folder / "state000012.pt")["best"] == trainer.best
+
+
 @pytest.mark.parametrize("options, message", [
     ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
     ({"log_interval": 0}, "log_interval"),
     ({"save_interval": -3}, "save_interval.*-3"),
     ({"lr_schedule": "steps"}, "lr_schedule 'steps'.*cosine"),
     ({"max_minutes": -1}, "max_minutes.*-1"),
+    ({"keep_best": True}, "keep_best needs held-out images: give --val_data_dir"),
 ])  # fmt: skip
 def test_bad_options_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
@@ -406,7 +466,7 @@ def test_a_new_weight_decay_takes_effect_on_resume(folder):
     assert resumed.opt.param_groups[0]["weight_decay"] == 0.5
 
 
-@pytest.mark.parametrize("number", health.StopSigns.SIGNALS)
+@pytest.mark.parametrize("number", signals.ASKING)
 def test_a_signal_saves_what_is_done_and_says_how_to_go_on(folder, number):
     before = signal.getsignal(number)  # a run in the background may have it ignored
 
@@ -460,9 +520,10 @@ def contents(folder, step):
     return files, [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)]
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, half):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, precision):
     """Weights, averages, optimizer, loss scale, history of losses, best loss, and every row of the log."""
+    half = precision != "fp32"
 
     def run(folder, data, resume="", steps=11):
         net = unet() if half else Net()
@@ -473,7 +534,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, half):
             train(
                 folder, steps, task=DiffusionTask(net, DIFFUSION, sampler), data=data, microbatch=3,
                 averages=ema.parse("0.9", "0.05", "0.1"), val_data=batches_from(1 if half else 0, resume, 2),
-                eval_interval=2, keep_best=True, save_interval=3, log_interval=4, use_fp16=half, lr_warmup=5,
+                eval_interval=2, keep_best=True, save_interval=3, log_interval=4, precision=precision, lr_warmup=5,
                 initial_lg_loss_scale=10.0, resume_checkpoint=resume,
             )  # fmt: skip
 
@@ -573,7 +634,7 @@ def test_the_gradient_noise_scale_is_that_of_gaussian_gradients(folder):
     class Linear(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w = nn.Parameter(th.zeros(50))
+            self.w = nn.Parameter(th.zeros(500))
 
         def forward(self, x):
             return x @ self.w
@@ -590,10 +651,23 @@ def test_the_gradient_noise_scale_is_that_of_gaussian_gradients(folder):
     def gaussian():
         generator = th.Generator().manual_seed(0)
         while True:
-            yield 0.3 + 0.5 * th.randn(32, 50, generator=generator), {}
+            yield 0.3 + 0.5 * th.randn(32, 500, generator=generator), {}
 
-    train(folder, 2500, task=Task(), data=gaussian(), batch_size=32, microbatch=4, lr=0.0, log_interval=2500)
+    train(folder, 250, task=Task(), data=gaussian(), batch_size=32, microbatch=4, lr=0.0, log_interval=250)
     assert float(rows(folder)[-1]["grad_noise_scale"]) == pytest.approx(0.25 / 0.09, rel=0.04)
+
+
+def test_the_gradient_noise_scale_in_half_precision_is_that_of_full(folder):
+    """With a loss scale at which the norm of a whole gradient passes what 16 bits hold."""
+    estimates = []
+    for use_fp16, scale in ((False, 0.0), (True, 15.0)):
+        trainer = Trainer(DiffusionTask(unet(), DIFFUSION), None, batch_size=4, microbatch=1, use_fp16=use_fp16,
+                          initial_lg_loss_scale=scale)  # fmt: skip
+        trainer.forward_backward(*next(pictures()))
+        assert trainer._gradient_norm() * 2**scale > 65504 or not use_fp16
+        estimates.append(trainer.tally.means())
+    for name in ("grad_trace", "grad_square"):
+        assert estimates[1][name] == pytest.approx(estimates[0][name], rel=0.02)
 
 
 def test_the_colour_shift_is_that_of_the_predictions(folder):
