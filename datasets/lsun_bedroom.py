@@ -1,5 +1,5 @@
 """
-Write the pictures of an LSUN category as PNG files, brought to one size as the published LSUN models saw them.
+Write the pictures of an LSUN category as PNG files of one size, cropped as the original's program of that name does.
 
     python datasets/lsun_bedroom.py [--image-size 256] [--prefix bedroom] LMDB_PATH OUT_DIR
 

@@ -65,7 +65,7 @@ def pack(source, out, image_size=64, image_channels=3, class_cond=True, label_fr
     check_background(background)
     held = open_source(source, class_cond, label_from)
     dataset = ImageDataset(
-        image_size, held.images, random_flip=False, image_channels=image_channels, background=background
+        config.sides(image_size), held.images, random_flip=False, image_channels=image_channels, background=background
     )
     crops = DataLoader(Crops(dataset), batch_size=None, num_workers=num_workers, collate_fn=_unchanged)
     crops = _readable(tqdm(crops, desc="packed", unit="image", disable=not progress), skip_bad_images)

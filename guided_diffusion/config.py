@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from . import presets
 
 
-def option(default, help, choices=None):
-    """A field of an options dataclass: what a flag of that name needs. The type is that of the default."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help, choices=None, kind=None):
+    """
+    A field of an options dataclass: what a flag of that name needs. The type is that of the default, or what `kind`, a
+    function, makes of the text.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
 
 
 def changed(group, name, default, help=None):
@@ -29,12 +32,29 @@ def changed(group, name, default, help=None):
     return dataclasses.field(default=default, metadata={**metadata, "help": help or metadata["help"]})
 
 
+def parse_size(text):
+    """A side in pixels, or HEIGHTxWIDTH: an integer, or where the two differ the text "HEIGHTxWIDTH"."""
+    height, by, width = str(text).lower().partition("x")
+    height, width = parse_int(height), parse_int(width if by else height)
+    return height if height == width else f"{height}x{width}"
+
+
+def sides(size):
+    """(height, width) in pixels of what `parse_size` gives."""
+    return tuple(map(int, size.split("x"))) if isinstance(size, str) else (size, size)
+
+
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
 @dataclass
 class _ImageSize:
-    image_size: int = option(64, "height and width of the images in pixels")
+    image_size: int = option(
+        64,
+        "height and width of the images in pixels; HEIGHTxWIDTH, as 48x64, for rectangles, whose shorter side then"
+        " counts for --attention_resolutions and the default widths",
+        kind=parse_size,
+    )
 
 
 @dataclass
@@ -655,13 +675,13 @@ def parse_float(text):
     return number
 
 
-def add_flag(parser, name, default, help=None, choices=None):
+def add_flag(parser, name, default, help=None, choices=None, kind=None):
     """
     Add --NAME VALUE, of the type of its default (None counts as text; a bare boolean flag means True; a tuple takes
-    one text or more), to an argparse parser. What was not typed is absent from the parsed namespace unless the parser
-    fills it in.
+    one text or more) or as the function `kind` reads it, to an argparse parser. What was not typed is absent from the
+    parsed namespace unless the parser fills it in.
     """
-    kind = {bool: str2bool, int: parse_int, float: parse_float}.get(type(default), str)
+    kind = kind or {bool: str2bool, int: parse_int, float: parse_float}.get(type(default), str)
     several = isinstance(default, tuple)
     bare = {"nargs": "?", "const": True} if kind is str2bool else {"nargs": "+"} if several else {}
     metavar = None if choices else "STR" if default is None or several else type(default).__name__.upper()
@@ -813,12 +833,17 @@ def levels(channel_mult, image_size, super_res=False, film=False):
     :param film: of the network film, which has the same default for every side.
     """
     default = (1, 2, 4, 8) if film else None
-    return parse_channel_mult(channel_mult) or default or default_channel_mult(image_size, super_res)
+    return parse_channel_mult(channel_mult) or default or default_channel_mult(min(sides(image_size)), super_res)
+
+
+def size_of(flags):
+    """(height, width) in pixels of the images that a network of these flags makes or reads."""
+    return sides(flags["large_size"] if "large_size" in flags else flags["image_size"])
 
 
 def side_of(flags):
-    """Height and width in pixels of the images that a network of these flags makes or reads."""
-    return flags["large_size"] if "large_size" in flags else flags["image_size"]
+    """The shorter of the two sides of `size_of`."""
+    return min(size_of(flags))
 
 
 def check_watching(args):
@@ -865,7 +890,7 @@ def attention_downsampling(text, image_size):
     Sides in pixels -> factors by which the features are smaller than the image: ('32,16,8', 64) -> (2, 4, 8).
     A side that no level of the network has counts for nothing, as in the original.
     """
-    return tuple(image_size // side for side in _numbers(text, parse_int, "attention_resolutions"))
+    return tuple(min(sides(image_size)) // side for side in _numbers(text, parse_int, "attention_resolutions"))
 
 
 def parse_classes(text, num_classes, count, class_names=None):

@@ -60,6 +60,7 @@ def unet_config(flags, attention):
     widths = [int(factor * flags["num_channels"]) for factor in mult]
     refused = {
         "network": flags["network"] != "adm",
+        "image_size": isinstance(flags["image_size"], str),  # a rectangle
         "vector_channels": flags["vector_channels"] > 0,
         "conv_resample": not flags["conv_resample"] and not flags["resblock_updown"] and len(widths) > 1,
         "channel_mult": mult[0] != 1,  # the embedding of time there has the width of the first level

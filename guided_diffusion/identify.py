@@ -7,6 +7,7 @@ tells is asked for.
 """
 
 import math
+import re
 
 from . import checkpoint, config, logger, presets, recognition
 from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions
@@ -83,9 +84,13 @@ def _flags_of_config(where, kind, content, known):
         if name not in known:
             raise ValueError(f"{where} has an unknown option {name}{config.nearest(name, known)}")
         kinds = (int, float) if type(known[name]) is float else (type(known[name]),)
-        if type(value) not in kinds:
+        if type(value) not in kinds and not (name == "image_size" and _is_rectangle(value)):
             raise ValueError(f"{where}: {name} must be {kinds[-1].__name__}, not {value!r}")
     return content["flags"]
+
+
+def _is_rectangle(value):
+    return isinstance(value, str) and bool(re.fullmatch(r"[1-9]\d*x[1-9]\d*", value))
 
 
 def _inferred(path, kind, state, known):

@@ -45,6 +45,7 @@ def load_data(
         image has M texts, [N,M,D]; an npy, which is not loaded but mapped, with NAME_labels.npy or labels.npy beside
         it; an idx file; batches of CIFAR.
     :param batch_size: images in a batch of this rank.
+    :param image_size: side in pixels, or (height, width).
     :param deterministic: keep the order of the files in every epoch.
     :param num_classes: if given, labels must lie in 0..num_classes-1.
     :param num_workers: processes that decode images; 0 decodes in this one.
@@ -166,11 +167,12 @@ class ImageBatches:
 
 class ImageDataset(Dataset):
     """
-    One shard of a set of images; an item is (float32 [C,S,S] in [-1,1], {"y": int64, "vector": float32 [D]}), of which
+    One shard of a set of images; an item is (float32 [C,H,W] in [-1,1], {"y": int64, "vector": float32 [D]}), of which
     the dict holds what there is.
 
     `dataset[i]` draws a fresh flip, crop and vector; `dataset[epoch, i]` draws those of (seed, epoch, i).
 
+    :param resolution: side in pixels, or (height, width).
     :param image_paths: files, or one uint8 array [N,H,W,C], or the images of a `sources.Source`.
     :param classes: a label for each, or None.
     :param vectors: floats [N,D], or [N,M,D] to draw one of M from, or None.
@@ -196,7 +198,7 @@ class ImageDataset(Dataset):
         super().__init__()
         if image_channels not in MODES:
             raise ValueError(f"image_channels is {image_channels}; choose 1 (grey), 3 (RGB) or 4 (RGBA)")
-        self.resolution = resolution
+        self.resolution = resolution if isinstance(resolution, tuple) else (resolution, resolution)
         self.local_images = image_paths[shard:][::num_shards]
         self.local_classes = None if classes is None else classes[shard:][::num_shards]
         self.local_vectors = None if vectors is None else vectors[shard:][::num_shards]
@@ -219,10 +221,10 @@ class ImageDataset(Dataset):
             pixels = random_crop_arr(image, self.resolution, rng=rng)
         else:
             pixels = center_crop_arr(image, self.resolution)
-        pixels = pixels.reshape(self.resolution, self.resolution, -1)  # [S,S,C]; a grey one came as [S,S]
+        pixels = pixels.reshape(*self.resolution, -1)  # [H,W,C]; a grey one came as [H,W]
         if flip:
             pixels = pixels[:, ::-1]
-        x0 = np.transpose(pixels, [2, 0, 1]).astype(np.float32, order="C")  # [C,S,S]
+        x0 = np.transpose(pixels, [2, 0, 1]).astype(np.float32, order="C")  # [C,H,W]
         x0 /= 127.5
         x0 -= 1
         cond = {}
@@ -242,31 +244,39 @@ class ImageDataset(Dataset):
 
 
 def center_crop_arr(pil_image, image_size):
-    """The centre square of an image whose short side is brought to `image_size`: uint8 [S,S,C], or [S,S] if grey."""
-    pixels = _resize_short_side(pil_image, image_size)
-    top = (pixels.shape[0] - image_size) // 2
-    left = (pixels.shape[1] - image_size) // 2
-    return pixels[top : top + image_size, left : left + image_size]
+    """
+    The centre of an image that is brought to cover `image_size`, a side or (height, width), touching two of its edges:
+    uint8 [H,W,C], or [H,W] if grey.
+    """
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    pixels = _resize_to_cover(pil_image, height, width)
+    top = (pixels.shape[0] - height) // 2
+    left = (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
 def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0, rng=None):
     """
-    A random square of an image whose short side is brought to a random length, so that the square covers between
-    `min_crop_frac` and `max_crop_frac` of it: uint8 [S,S,C], or [S,S] if grey. `rng` is a numpy Generator.
+    A random part of `image_size`, a side or (height, width), of an image that is brought to a random scale, so that the
+    part covers between `min_crop_frac` and `max_crop_frac` of its tighter side: uint8 [H,W,C], or [H,W] if grey.
+    `rng` is a numpy Generator.
     """
     rng = np.random.default_rng() if rng is None else rng
-    shortest, longest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
-    pixels = _resize_short_side(pil_image, int(rng.integers(shortest, longest + 1)))
-    top = rng.integers(pixels.shape[0] - image_size + 1)
-    left = rng.integers(pixels.shape[1] - image_size + 1)
-    return pixels[top : top + image_size, left : left + image_size]
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    side = min(height, width)
+    drawn = int(rng.integers(math.ceil(side / max_crop_frac), math.ceil(side / min_crop_frac) + 1))
+    pixels = _resize_to_cover(pil_image, math.ceil(height * drawn / side), math.ceil(width * drawn / side))
+    top = rng.integers(pixels.shape[0] - height + 1)
+    left = rng.integers(pixels.shape[1] - width + 1)
+    return pixels[top : top + height, left : left + width]
 
 
-def _resize_short_side(pil_image, length):
+def _resize_to_cover(pil_image, height, width):
+    """Pixels of the image, its shape kept, at the least size of at least so many rows and columns."""
     # Halving by BOX averages every pixel; one bicubic step from far larger would alias in older Pillow.
-    while min(pil_image.size) >= 2 * length:
+    while pil_image.width >= 2 * width and pil_image.height >= 2 * height:
         pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.Resampling.BOX)
-    scale = length / min(pil_image.size)
+    scale = max(width / pil_image.width, height / pil_image.height)
     sides = tuple(round(side * scale) for side in pil_image.size)
     return np.array(pil_image if pil_image.size == sides else pil_image.resize(sides, Image.Resampling.BICUBIC))
 

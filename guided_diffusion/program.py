@@ -158,7 +158,7 @@ def open_data(args, flags, data_dir, **how):
     data = load_data(
         data_dir=data_dir,
         batch_size=args.batch_size,
-        image_size=config.side_of(flags),
+        image_size=config.size_of(flags),
         image_channels=flags["image_channels"],
         num_classes=flags["num_classes"],
         num_workers=args.num_workers,
@@ -190,7 +190,7 @@ def open_images(args, flags, labelled):
     data = load_data(
         data_dir=args.data_dir,
         batch_size=1,
-        image_size=flags["image_size"],
+        image_size=config.size_of(flags),
         image_channels=flags["image_channels"],
         class_cond=labelled and not args.classes,
         class_names=names,
@@ -456,10 +456,10 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     config.check_counts(args)
     if args.frames < 0 or args.frames == 1:
         raise ValueError(f"--frames is how many pictures a walk is shown in, 2 or more, or 0, not {args.frames}")
-    full, side = diffusion, config.side_of(flags)
+    full, (height, width) = diffusion, config.size_of(flags)
     rule, diffusion = planned(full, **walk_of(args))
     how |= {
-        "shape": (flags["image_channels"], side, side),
+        "shape": (flags["image_channels"], height, width),
         "seed": args.seed,
         "rule": rule,
         "path": full if args.brownian else None,
@@ -471,7 +471,7 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     }
     store = None
     if args.save_samples:
-        store = SampleStore(folder, (count, side, side, flags["image_channels"]), plan_of(args, flags),
+        store = SampleStore(folder, (count, height, width, flags["image_channels"]), plan_of(args, flags),
                             parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
     if store and store.finished:
         logger.log(f"{store.path} is finished already: delete {store.path}.json to draw it again")

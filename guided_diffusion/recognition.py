@@ -20,7 +20,8 @@ def infer_flags(state_dict, image_size=None, image_channels=None, path="this", d
     division into levels. What is not determined is absent. `num_classes` counts the null class, if there is one.
 
     :param state_dict: {name: anything with a shape}.
-    :param image_size: side of the images (large_size) if known; it turns factors of attention into sides.
+    :param image_size: of the images (large_size), as `config.parse_size` gives it, if known; it turns factors of
+        attention into sides.
     :param image_channels: channels of the images if known; they tell a super-resolution network of C channels with
         learned variance from a plain one of 2C without.
     :param path: what to call the file in errors.
@@ -31,7 +32,7 @@ def infer_flags(state_dict, image_size=None, image_channels=None, path="this", d
     """
     shapes = _network_shapes(state_dict, path)
     try:
-        return _infer(shapes, image_size, image_channels, depth)
+        return _infer(shapes, image_size and min(config.sides(image_size)), image_channels, depth)
     except (LookupError, ArithmeticError) as error:
         raise ValueError(f"{path} holds no whole network (missing or misshapen: {error})") from error
 

@@ -46,7 +46,7 @@ class Step:
     def batch(self, n):
         """(images of noise [n,C,H,W], the conditions that the network takes)."""
         flags = self.flags
-        x = th.randn(n, flags["image_channels"], flags["image_size"], flags["image_size"], device=self.device)
+        x = th.randn(n, flags["image_channels"], *config.size_of(flags), device=self.device)
         cond = {"y": th.arange(n, device=self.device) % flags["num_classes"]} if self.labelled else {}
         width = flags.get("vector_channels")
         return x, cond | ({"vector": th.randn(n, width, device=self.device)} if width else {})

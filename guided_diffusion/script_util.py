@@ -144,7 +144,7 @@ def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class
     null = config.nulls({"class_cond": class_cond, "num_classes": num_classes, "class_dropout": class_dropout,
                          "vector_channels": vector_channels})  # fmt: skip
     return network(
-        image_size=image_size,
+        image_size=_as_built(image_size),
         in_channels=image_channels,
         model_channels=num_channels,
         out_channels=image_channels * (2 if learn_sigma else 1),
@@ -172,8 +172,13 @@ def _film(*, image_size, num_channels, channel_mult, learn_sigma, image_channels
         dropout=dropout,
         learn_sigma=learn_sigma,
     )
-    model.check_size(image_size, image_size)
+    model.check_size(*config.sides(image_size))
     return model
+
+
+def _as_built(image_size):
+    """What the networks take for an --image_size: a side, or (height, width)."""
+    return config.sides(image_size) if isinstance(image_size, str) else image_size
 
 
 NETWORKS = {"adm": functools.partial(_unet, UNetModel), "film": _film}
@@ -189,7 +194,7 @@ def create_classifier(image_size, classifier_use_fp16, classifier_width, classif
     Raises ValueError if the image size, the widths or the heads do not divide as the network needs.
     """
     return EncoderUNetModel(
-        image_size=image_size,
+        image_size=_as_built(image_size),
         in_channels=image_channels,
         model_channels=classifier_width,
         out_channels=num_classes,

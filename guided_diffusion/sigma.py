@@ -446,7 +446,8 @@ def as_sigma_model(model, diffusion, clock="interpolated", null_cond=None, input
     if diffusion.model_mean_type is ModelMeanType.PREVIOUS_X and clock != "nearest":
         raise ValueError("a network that predicts the previous x knows its rows only: use clock='nearest'")
     if input_dims is None and hasattr(model, "image_size"):
-        input_dims = (model.in_channels, *[model.image_size] * model.dims)
+        size = model.image_size
+        input_dims = (model.in_channels, *(size if isinstance(size, tuple) else [size] * model.dims))
     return SigmaModel(model, diffusion, clock, null_cond, input_dims)
 
 

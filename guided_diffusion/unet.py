@@ -453,7 +453,8 @@ class UNetModel(UNetTrunk):
     """
     The diffusion network: (x, timesteps, y) -> [N,out_channels,...] in x's dtype; zero when freshly built.
 
-    image_size: side of the training images; the network itself takes any size that its downsampling divides.
+    image_size: side of the training images, or (height, width); the network itself takes any size that its
+    downsampling divides.
     model_channels: base width; level i has width int(channel_mult[i] * model_channels), a multiple of 32.
     attention_resolutions: the downsampling factors (1, 2, 4...) at which there is attention; the middle always has it.
     num_classes: labels 0..num_classes-1 are then required. vector_channels, token_channels: vectors, and tokens, of so
@@ -470,7 +471,7 @@ class UNetModel(UNetTrunk):
                  use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False,
                  vector_channels=None, token_channels=None):
         super().__init__(locals())
-        self._check_size("image_size", [image_size])
+        self._check_size("image_size", _sides(image_size))
         self.output_blocks = self._build_output_blocks()
         width = self._width(0)
         self.out = nn.Sequential(
@@ -557,8 +558,14 @@ class EncoderUNetModel(UNetTrunk):
                     "the attention pool needs num_head_channels and dims=2, got"
                     f" {self.num_head_channels} and {self.dims}: set them, or choose another pool"
                 )
-            self._check_size("image_size", [self.image_size])
-            side = self.image_size // self.downsampling
+            sides = _sides(self.image_size)
+            if len(set(sides)) > 1:
+                raise ValueError(
+                    f"the attention pool takes square images only, not {_by(sides)}: choose another pool, adaptive or"
+                    " spatial (--classifier_pool)"
+                )
+            self._check_size("image_size", sides)
+            side = sides[0] // self.downsampling
             attention = AttentionPool2d(side, width, self.num_head_channels, classes)
             return nn.Sequential(normalization(width), nn.SiLU(), attention)
         features = linear(sum(self.widths) + width, 2048)
@@ -590,6 +597,10 @@ class EncoderUNetModel(UNetTrunk):
 
 def _spatial_mean(x):
     return x.float().flatten(2).mean(dim=2)                                       # [N,C,...] -> [N,C]
+
+
+def _sides(image_size):
+    return image_size if isinstance(image_size, tuple) else (image_size,)
 
 
 def _by(sizes):

@@ -4,7 +4,7 @@ import os
 
 import torch as th
 
-from . import checkpoint, dist_util, generate, logger, pictures
+from . import checkpoint, config, dist_util, generate, logger, pictures
 
 COLUMNS, ROWS = 8, 4
 
@@ -27,13 +27,13 @@ class Watch:
 
     def samples(self, trainer, count):
         """uint8 [count,H,W,C] on the first process, None elsewhere."""
-        width, side = self.flags.get("vector_channels", 0), self.flags["image_size"]
+        width = self.flags.get("vector_channels", 0)
         labels = [i % self.num_classes for i in range(count)] if self.flags["class_cond"] else None
         with trainer.averaged() as net, th.no_grad():
             stream = generate.sample_stream(
                 self.diffusion,
                 net,
-                shape=(self.flags["image_channels"], side, side),
+                shape=(self.flags["image_channels"], *config.size_of(self.flags)),
                 num_samples=count,
                 batch_size=self.batch_size,
                 seed=self.seed,

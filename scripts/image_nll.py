@@ -24,7 +24,7 @@ def main():
     data = load_data(
         data_dir=args.data_dir,
         batch_size=args.batch_size,
-        image_size=flags["image_size"],
+        image_size=config.size_of(flags),
         image_channels=flags["image_channels"],
         class_cond=flags["class_cond"],
         num_classes=flags["num_classes"],

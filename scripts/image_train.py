@@ -57,7 +57,7 @@ def distance_to_data(args, flags):
     from evaluations.features import extract, make_extractor
 
     data = load_data(
-        data_dir=args.val_data_dir or args.data_dir, batch_size=args.batch_size, image_size=flags["image_size"],
+        data_dir=args.val_data_dir or args.data_dir, batch_size=args.batch_size, image_size=config.size_of(flags),
         image_channels=flags["image_channels"], random_flip=False, num_workers=0, seed=args.seed, once=True,
     )  # fmt: skip
     extractor = make_extractor(args.eval_extractor, dist_util.dev())

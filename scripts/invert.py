@@ -64,7 +64,7 @@ def up(process, predict, rule, cond, x):
 
 def read_latents(args, flags, device):
     """(latents [N,C,H,W], labels [N] or None) of an earlier run. Raises ValueError unless the model can take them."""
-    shape = (flags["image_channels"], flags["image_size"], flags["image_size"])
+    shape = (flags["image_channels"], *config.size_of(flags))
     arrays = read_npz(args.latents, ("arr_0", "arr_1"))
     latents = arrays.get("arr_0", np.zeros(0, bool))
     fits = latents.dtype.kind == "f" and latents.shape == (len(latents), *shape) and latents.size

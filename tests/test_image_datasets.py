@@ -95,9 +95,9 @@ def test_s08_51_half_of_the_images_are_flipped_by_default(tmp_path):
 
 def test_s08_52_random_crop_draws_the_short_side_uniformly(monkeypatch):
     lengths = []
-    resize = image_datasets._resize_short_side
+    resize = image_datasets._resize_to_cover
     monkeypatch.setattr(
-        image_datasets, "_resize_short_side", lambda image, length: lengths.append(length) or resize(image, length)
+        image_datasets, "_resize_to_cover", lambda image, *sides: lengths.append(sides[0]) or resize(image, *sides)
     )
     picture, rng = Image.new("RGB", (90, 70)), np.random.default_rng(0)
     crops = [random_crop_arr(picture, 64, rng=rng) for _ in range(1000)]
