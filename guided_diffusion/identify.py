@@ -141,18 +141,18 @@ def _published(path, kind, state, by_tensors):
 
 def _open_flags(kind, state, inferred, known):
     """{flags to type, one or another: values that would do} of what neither the tensors nor anybody tells."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name.endswith("qkv.weight")}
-    widths = [shape[1] for shape in shapes.values()]
+    shapes = recognition.shapes_of(state)
+    widths = [shape[1] for name, shape in shapes.items() if name.endswith(".qkv.weight")]
     wanted = {}
     if "classifier_depth" not in inferred | known and kind == "classifier":
-        depths = (entries - 1 for entries in recognition.possible_entries(recognition.shapes_of(state)))
+        depths = (entries - 1 for entries in recognition.possible_entries(shapes))
         wanted["--classifier_depth"] = ", ".join(map(str, depths))
     if SIZES[kind] not in inferred | known:
         wanted[f"--{SIZES[kind]}"] = _sizes(kind, inferred)
     if kind == "super_res" and "small_size" not in known:
         wanted["--small_size"] = "the side of the images to enlarge"
     if kind == "classifier":
-        pool = [tensor.shape[0] for name, tensor in state.items() if name.endswith("positional_embedding")]
+        pool = [shape[0] for name, shape in shapes.items() if name.endswith("positional_embedding")]
         if "classifier_num_head_channels" not in known:
             wanted["--classifier_num_head_channels"] = _divisors(widths + pool)
         return wanted

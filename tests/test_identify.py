@@ -328,6 +328,9 @@ def test_what_is_no_network_is_said_before_flags_are_asked(tmp_path):
     checkpoint.save({"model": {}, "epoch": 3}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt holds no weights .* but a dict of model, epoch"):
         script_util.open_diffusion(tmp_path / "x.pt")
+    stray = shapes_of("diffusion", DEFAULTS["diffusion"]) | {7: (1,)}  # a key that is no name changes nothing
+    with pytest.raises(ValueError, match="flags open"):
+        script_util.open_diffusion(file_of(stray, tmp_path / "y.pt"))
     few = {"time_embed.0.weight": torch.ones(4, 1), "x.weight": torch.ones(1)}
     checkpoint.save(few, tmp_path / "64x64_diffusion.pt")
     with pytest.raises(ValueError, match="holds no whole network"):
