@@ -166,6 +166,20 @@ def test_scores_of_each_class_are_those_of_its_images():
         per_class(y, x, of_y[1:], of_x)
 
 
+def test_the_program_scores_each_class_and_asks_for_labels_first(results, tmp_path, monkeypatch, capsys):
+    reference, look = results[0], Pixels()
+    monkeypatch.setattr(evaluator, "make_extractor", lambda *args, **options: look)
+    sample, out = str(tmp_path / "a.npz"), str(tmp_path / "classes.json")
+    assert evaluator.main([reference, sample, "--per_class", "--no_errors", "--out", out]) == 0
+    result = json.loads(Path(out).read_text())
+    assert list(result["per_class"]) == ["0", "1", "2"] and result["per_class"]["0"]["images"] == 27
+    assert "standard_errors" not in result and not errors.parts_path(out).exists()
+    look.seen = 0
+    np.savez(tmp_path / "unlabelled.npz", noise(1, 80))
+    assert evaluator.main([reference, str(tmp_path / "unlabelled.npz"), "--per_class"]) == 2
+    assert "unlabelled.npz has no labels (arr_1)" in capsys.readouterr().err and look.seen == 0
+
+
 # --------------------------------------------------------------------------------------------------- memorisation
 
 
