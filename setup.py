@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import setup
 
 DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "scikit-learn>=1.3", "tensorboard>=2.14", "safetensors>=0.4"]
-DEV += ["diffusers>=0.30"]
+DEV += ["diffusers>=0.30", "lmdb>=1.4"]
 EVAL = ["torch-fidelity>=0.4", "torchvision"]  # DINOv2 and CLIP features; pin torch beside it, or pip exchanges it
 MPI = ["mpi4py>=4", "mpich>=4"]
 
