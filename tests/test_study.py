@@ -122,7 +122,7 @@ def test_the_judge_counts_obedience_and_the_spread_of_what_it_sees(tmp_path):
         value = images.reshape(len(images), 1).astype(np.float64)
         return Features(value, np.hstack([value < 100, value >= 100]).astype(np.float64))
 
-    judge.name = "by hand"
+    judge.name, judge.dim = "by hand", 1
 
     def write(name, values, labels):
         np.savez(tmp_path / name, arr_0=np.array(values, np.uint8).reshape(-1, 1, 1, 1), arr_1=np.array(labels))
