@@ -133,7 +133,7 @@ class InceptionExtractor:
 
     def _look(self, x):
         with full_precision(self.device):
-            said = self.network(self.resize(x.to(self.device, self.dtype)))
+            said = self.network.eval()(self.resize(x.to(self.device, self.dtype)))
             return Features(
                 _to_numpy(said["2048"]), _probabilities(said["logits_unbiased"]), _to_numpy(said["spatial"])
             )

@@ -114,8 +114,7 @@ def knn_radii(features, k=3, distances="float32"):
     if k < 1:
         raise ValueError(f"k is {k}: a point's nearest other point is k = 1")
     features = _finite_matrix(features, "features", at_least=k + 1, why=f"each needs {k} others as neighbours")
-    rule = neighbours.rule_of(distances, features.shape[1])
-    return neighbours.radii(neighbours.Points(features, rule), (k,))[:, 0]
+    return neighbours.nearest(features, features, k, distances, itself=0)[0][:, -1]
 
 
 def precision_recall(reference, sample, k=3, distances="float32"):

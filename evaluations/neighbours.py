@@ -132,48 +132,52 @@ def nearest(queries, base, k=1, distances="float32", device="cpu", itself=None):
     rule, base = rule_of(distances, base.shape[1], device), np.asarray(base)
     queries = np.asarray(queries)
     shift = shift_of(*_sums(base), len(base))
-    return _nearest(Points(queries, rule, shift), Points(base, rule, shift), k, itself)
+    own = None if itself is None else itself + np.arange(len(queries))
+    return _nearest(Points(queries, rule, shift), Points(base, rule, shift), k, own)
 
 
-def _nearest(queries, base, k, itself=None):
+def _nearest(queries, base, k, own=None):
+    """nearest of Points; own: the row of base [N] that each query is, or None."""
     found = Smallest(len(queries), k + SPARE, queries.rule)
     for first in range(0, len(base), COLUMNS):
         columns = base.block(first, first + COLUMNS)
         for start in range(0, len(queries), ROWS):
             block = bounds(queries.block(start, start + ROWS), columns, queries.rule)
-            if itself is not None and queries.rule.settles:
-                _drop_itself(block, itself + start - first)
+            if own is not None:
+                _drop_own(block, own[start : start + ROWS] - first, queries.rule)
             found.update(start, block, first)
-    return _settled(queries, base, found, k, itself)
+    return _settled(queries, base, found, k, own)
 
 
-def _drop_itself(block, offset):
-    """The entries of a block whose column is `offset` beyond the row belong to a point and itself."""
-    block.diagonal(offset).fill_(torch.inf) if -len(block) < offset < block.shape[1] else None
+def _drop_own(block, columns, rule):
+    """Put each row's own column [a], where the block has it, beyond all others; the float16 rule keeps it."""
+    rows = np.nonzero((columns >= 0) & (columns < block.shape[1]))[0]
+    if rule.settles and len(rows):
+        block[torch.from_numpy(rows), torch.from_numpy(columns[rows])] = torch.inf
 
 
 def _nearest_own(points, k, progress):
     """_nearest of a set in itself. Distances are symmetric: each block above the diagonal serves its mirror image."""
-    found = Smallest(len(points), k + SPARE, points.rule)
+    found, own = Smallest(len(points), k + SPARE, points.rule), np.arange(len(points))
     starts = range(0, len(points), COLUMNS // 2)
     for first in starts:
         columns = points.block(first, first + COLUMNS // 2)
         for start in range(0, min(first + COLUMNS // 2, len(points)), COLUMNS // 2):
             block = bounds(points.block(start, start + COLUMNS // 2), columns, points.rule)
-            if start == first and points.rule.settles:
-                _drop_itself(block, 0)
+            _drop_own(block, own[start : start + COLUMNS // 2] - first, points.rule)
             found.update(start, block, first)
             if start != first:
                 found.update(first, block.T, start)
             progress(len(block) * block.shape[1] * (1 if start == first else 2))
-    return _settled(points, points, found, k, 0)
+    return _settled(points, points, found, k, own)
 
 
-def _settled(queries, base, found, k, itself):
-    """Exact distances and columns from the smallest bounds; rows whose bounds leave it open are looked at again."""
+def _settled(queries, base, found, k, own):
+    """Exact distances and columns from the smallest bounds; rows whose bounds leave it open are looked at again, by
+    products in float64, and then one by one."""
     values, columns = found.values.double().cpu().numpy(), found.columns.cpu().numpy()
     if not queries.rule.settles:  # a point is the first of its own neighbours, whatever its rounded distance
-        first = 0 if itself is None else 1
+        first = 0 if own is None else 1
         return values[:, first : first + k], columns[:, first : first + k]
     known = values < np.inf  # neither empty places nor the point itself
     rows = np.nonzero(known)[0]
@@ -181,18 +185,24 @@ def _settled(queries, base, found, k, itself):
     true[known] = exact(queries.rows, base.rows, rows, columns[known])
     order = np.argsort(true, axis=1, kind="stable")[:, :k]
     true, columns = np.take_along_axis(true, order, 1), np.take_along_axis(columns, order, 1)
-    others = len(base) - (itself is not None)
-    open_rows = np.nonzero((true[:, -1] > 0) & (values.max(1) <= true[:, -1]) & (others > values.shape[1]))[0]
-    for row in open_rows:
-        true[row], columns[row] = _by_differences(queries.rows[row], base.rows, k, itself, row)
+    others = len(base) - (own is not None)
+    unsure = np.nonzero((true[:, -1] > 0) & (values.max(1) <= true[:, -1]) & (others > values.shape[1]))[0]
+    if len(unsure) and queries.rule.dtype == torch.float32:
+        finer = rule_of("float64", base.rows.shape[1], queries.rule.device)
+        both = Points(queries.rows[unsure], finer, queries.shift), Points(base.rows, finer, base.shift)
+        true[unsure], columns[unsure] = _nearest(*both, k, None if own is None else own[unsure])
+    else:
+        for row in unsure:
+            itself = None if own is None else own[row]
+            true[row], columns[row] = _by_differences(queries.rows[row], base.rows, k, itself)
     return true, columns
 
 
-def _by_differences(query, base, k, itself, row):
+def _by_differences(query, base, k, own):
     """(distances [k], columns [k]) of one row to all of base, without a matrix product."""
     everyone = exact(query[None], base, np.zeros(len(base), int), np.arange(len(base)))
-    if itself is not None:
-        everyone[itself + row] = np.inf
+    if own is not None:
+        everyone[own] = np.inf
     order = np.argsort(everyone, kind="stable")[:k]
     return everyone[order], order
 
@@ -222,8 +232,8 @@ def radii(points, ks, ranks=ALONE, progress=lambda work: None):
     else:
         found = np.empty((len(points), k))
         for owner, start, block in _ring(points.rows, COLUMNS, ranks):
-            itself = start if owner == ranks.rank else None
-            near = _nearest(Points(block, points.rule, points.shift), points, k, itself)[0]
+            own = start + np.arange(len(block)) if owner == ranks.rank else None
+            near = _nearest(Points(block, points.rule, points.shift), points, k, own)[0]
             progress(len(block) * len(points))
             parts = ranks.share(near)
             if owner == ranks.rank:

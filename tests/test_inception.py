@@ -140,6 +140,10 @@ def test_full_precision_switches_off_tf32_and_gradients_and_back_on():
 
 
 def test_the_network_is_in_evaluation_mode_whoever_switches(inception):
+    images = random_images(4, 2, 16, 16, 3)
+    expected = inception(images).pool
+    inception.network.train()
+    np.testing.assert_array_equal(inception(images).pool, expected)
     assert not inception.network.training and not any(p.requires_grad for p in inception.network.parameters())
 
 

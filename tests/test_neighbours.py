@@ -84,13 +84,17 @@ def test_near_ties_are_settled_and_not_guessed():
     np.testing.assert_allclose(neighbours.radii(points, (1, 4)), exact, rtol=1e-14)
 
 
-def test_more_near_ties_than_are_kept_are_looked_at_one_by_one():
-    """Clusters of 30 points within 1e-6, whose bounds are all alike."""
+def test_more_near_ties_than_are_kept_are_looked_at_in_float64_and_then_one_by_one(monkeypatch):
+    """Clusters of 30 points within 1e-3 or 1e-6, whose bounds are all alike in float32, or in float64 too."""
     x = np.repeat(10 * np.random.RandomState(0).standard_normal((6, 8)), 30, axis=0)
-    x += 1e-6 * np.random.RandomState(1).standard_normal(x.shape)
+    x += np.repeat([1e-3, 1e-6, 1e-3], 60)[:, None] * np.random.RandomState(1).standard_normal(x.shape)
+    looked_at = []
+    by_differences = neighbours._by_differences
+    monkeypatch.setattr(neighbours, "_by_differences", lambda *a: looked_at.append(a[-1]) or by_differences(*a))
     exact = np.sort(cdist(x, x, "sqeuclidean"), axis=1)[:, 3]
     points = neighbours.Points(x, neighbours.rule_of("float32", 8))
     np.testing.assert_allclose(neighbours.radii(points, (3,))[:, 0], exact, rtol=1e-12)
+    assert set(looked_at) <= set(range(60, 120)) and len(looked_at) > 30
 
 
 def test_hundreds_of_copies_are_at_distance_zero():

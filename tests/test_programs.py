@@ -627,9 +627,9 @@ def test_a_classifier_must_fit_the_model(plain, classifier, cond, pets, tmp_path
 def test_every_flag_has_help_and_default(name):
     groups = {
         "image_train": "Train Model Diffusion Run",
-        "image_sample": "Sample Model Diffusion Run",
+        "image_sample": "Sample Model Diffusion Evaluate Run",
         "classifier_train": "ClassifierTrain Classifier Diffusion Run",
-        "classifier_sample": "ClassifierSample Model Diffusion Classifier Run",
+        "classifier_sample": "ClassifierSample Model Diffusion Classifier Evaluate Run",
     }[name]
     expected = config.options(*(getattr(config, f"{group}Options") for group in groups.split()))
     text = done(name, "--help").out
