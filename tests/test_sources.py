@@ -230,6 +230,16 @@ def test_whole_numbers_in_labels_csv_are_the_labels(folder, tmp_path):
         assert dict(zip(found, labels)) == {0: 10, 1: 2, 2: 0, 3: 1, 4: 2} and stream.class_names[-1] == "10"
 
 
+def test_whole_numbers_are_names_where_the_run_knows_them_as_names(folder, tmp_path):
+    rows = "b_0.png,10\na/b_1.png,2\na/a_2.png,1\nB_3.png,1\na_4.png,2\n"
+    for path in with_files(folder, tmp_path, labels__csv=rows):
+        found, labels, _ = read(path, class_cond=True, class_names=["1", "10", "2"])  # as of folders, sorted as text
+        assert dict(zip(found, labels)) == {0: 1, 1: 2, 2: 0, 3: 0, 4: 2}
+    rows = "b_0.png,01\na/b_1.png,02\na/a_2.png,03\nB_3.png,01\na_4.png,02\n"
+    for path in with_files(folder, tmp_path, labels__csv=rows):
+        assert read(path, class_cond=True)[2].class_names == ["01", "02", "03"]
+
+
 def test_dataset_json_of_stylegan(folder, tmp_path):
     labels = {"labels": [["b_0.png", 2], ["a\\b_1.png", 0], ["a/a_2.png", 1], ["B_3.png", 0], ["a_4.png", 2]]}
     for path in with_files(folder, tmp_path, dataset__json=json.dumps(labels)):
@@ -483,6 +493,13 @@ def test_lmdb(lsun, num_workers):
     assert read(lsun, num_workers=num_workers)[0] == [1, 2, 0] == read(lsun / "data.mdb")[0]
     with pytest.raises(ValueError, match=r"no class labels in .*bedroom_lmdb"):
         grey(lsun, 1, class_cond=True)
+
+
+def test_one_lmdb_is_read_by_two_streams_and_their_workers(lsun):
+    first, second = grey(lsun, 1, deterministic=True), grey(lsun, 1, deterministic=True)
+    assert [numbers(next(stream)[0]) for stream in (first, second, first)] == [[1], [1], [2]]
+    assert read(lsun, num_workers=1)[0] == [1, 2, 0]  # processes that were made while it was open
+    assert numbers(next(second)[0]) == [2]
 
 
 def test_lmdb_errors(lsun, tmp_path, monkeypatch):
