@@ -21,8 +21,8 @@ def check_rule(label_from):
 
 def label(names, files, where, label_from, class_names=None):
     """
-    The label of each picture: (int64 [N], class names by label, the rule in words). Where labels.csv holds whole numbers
-    alone, these are the labels, unless the earlier run knew them as names.
+    The label of each picture: (int64 [N], class names by label, the rule in words). Where labels.csv holds whole
+    numbers alone, these are the labels, unless the earlier run knew them as names.
 
     :param names: of the pictures, relative to the data, with / between folders.
     :param files: {name: content} of those LABEL_FILES that lie beside them.

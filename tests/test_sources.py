@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -80,6 +81,31 @@ def test_one_archive_is_read_by_several_epochs_workers_and_ranks(folder, tmp_pat
         assert whole == [numbers(x) for x, _ in take(grey(path, 2, seed=3, num_workers=2), 6)]
         ranks = [take(grey(path, 1, seed=3, rank=rank, num_ranks=2), 6) for rank in range(2)]
         assert whole == [[numbers(a)[0], numbers(b)[0]] for (a, _), (b, _) in zip(*ranks)]
+
+
+def test_a_child_process_opens_the_archive_for_itself(folder, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4, 1), np.uint8))
+    for path in (zipped(folder, tmp_path / "x.zip"), tarred(folder, tmp_path / "x.tar"), tmp_path / "x.npy"):
+        images = open_source(str(path)).images
+        held = images.handle
+        shared = lambda images=images, held=held: os._exit(images.handle is held)  # noqa: E731
+        child = multiprocessing.get_context("fork").Process(target=shared)
+        child.start()
+        child.join()
+        assert child.exitcode == 0 and images.handle is held
+        assert pickle.loads(pickle.dumps(images)).handle is not held
+
+
+def test_fingerprints_tell_labels_and_names_apart(folder, tmp_path):
+    (folder / "b_0.png").rename(folder / "a" / "b_0.png")
+    (folder / "a_4.png").rename(folder / "a" / "a_4.png")
+    (folder / "B_3.png").rename(folder / "a" / "B_3.png")
+    labelled = [read(folder, class_cond=True, label_from=rule)[2].fingerprint for rule in ("prefix", "prefix")]
+    with pytest.warns(UserWarning, match="are of one class"):
+        labelled.append(read(folder, class_cond=True, label_from="folder")[2].fingerprint)
+    plain = read(folder)[2].fingerprint
+    (folder / "a" / "b_0.png").rename(folder / "a" / "c_0.png")
+    assert labelled[0] == labelled[1] and len({*labelled, plain, read(folder)[2].fingerprint}) == 4
 
 
 def test_a_wrapped_archive_has_its_classes_below_the_wrapping(tmp_path):
