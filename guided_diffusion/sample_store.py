@@ -18,7 +18,7 @@ from . import checkpoint, config, dist_util, logger, pictures, saves
 KINDS = ("npz", "png", "zip")
 # Options that change nothing of a sample; the files that others name count by content.
 PASSING = {"log_dir", "device", "grid", "save_as", "frames", "batch_size", "num_samples"}
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 20
 
 
 def plan_of(args, flags):
