@@ -183,34 +183,50 @@ class Lmdb(Inside):
         super().__init__(path, keys, [_name(key) for key in keys])
 
     def _open(self):
-        return open_lmdb(self.path)
+        return None  # see `_lmdb`
 
     def _read(self, handle, key):
-        with handle.begin(buffers=False) as reading:
+        with _lmdb(self.path).begin() as reading:
             return reading.get(key)
 
 
-def open_lmdb(path):
+_bases = {}  # those that are open, by their paths
+
+
+def _close_bases():
+    while _bases:
+        _bases.popitem()[1].close()
+
+
+# A process must not open an LMDB twice, nor what it has open be carried over a fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_bases)
+
+
+def _lmdb(path):
     """An LMDB to read from, a folder with data.mdb or that file itself; ValueError for what is none."""
     try:
         import lmdb
     except ImportError:
         raise ImportError(f"{path} is an LMDB, and to read it takes the package lmdb: pip install lmdb") from None
-    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
+    file = os.path.realpath(os.path.join(path, "data.mdb") if os.path.isdir(path) else path)
+    if file in _bases:
+        return _bases[file]
     try:
-        base = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+        base = lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise ValueError(f"cannot read {path} as an LMDB: {error}") from error
     size = (base.info()["last_pgno"] + 1) * base.stat()["psize"]
     if os.path.getsize(file) < size:  # to read on would be a bus error
         base.close()
         raise ValueError(f"{file} is not whole: {os.path.getsize(file)} of {size} bytes")
+    _bases[file] = base
     return base
 
 
 def lmdb_of(path):
     """(Lmdb, names, {}). Raises ValueError for what is none, or not whole."""
-    with open_lmdb(path) as base, base.begin() as reading:
+    with _lmdb(path).begin() as reading:
         keys = list(reading.cursor().iternext(values=False))
     if not keys:
         raise ValueError(f"no images in {path}: the LMDB is empty")

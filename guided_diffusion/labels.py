@@ -21,7 +21,8 @@ def check_rule(label_from):
 
 def label(names, files, where, label_from, class_names=None):
     """
-    The label of each picture: (int64 [N], class names by label, the rule in words).
+    The label of each picture: (int64 [N], class names by label, the rule in words). Where labels.csv holds whole
+    numbers alone, these are the labels, unless the earlier run knew them as names.
 
     :param names: of the pictures, relative to the data, with / between folders.
     :param files: {name: content} of those LABEL_FILES that lie beside them.
@@ -37,8 +38,8 @@ def label(names, files, where, label_from, class_names=None):
         return *_numbered(values, class_names, where, rule), rule
     table, own, rule = told
     values = _look_up(names, table, f"{where}/{rule}")
-    if all(isinstance(value, int) for value in values):
-        return *renumbered(np.array(values, dtype=np.int64), own, class_names, where), rule
+    if all(map(_is_number, values)) and not set(values) <= set(class_names or ()):
+        return *renumbered(np.array(list(map(int, values)), dtype=np.int64), own, class_names, where), rule
     return *_numbered(values, class_names, where, rule), rule
 
 
@@ -63,7 +64,7 @@ def warn_of_gaps(labels, class_names, rule):
     if len(present) == 1:
         name = f" ({class_names[present[0]]!r})" if class_names and 0 <= present[0] < len(class_names) else ""
         warnings.warn(f"all {len(labels)} images are of one class, {present[0]}{name} (labels by {rule})", stacklevel=2)
-    absent = np.setdiff1d(np.arange(present[-1] + 1), present)
+    absent = np.setdiff1d(np.arange(min(present[-1] + 1, 10**6)), present)
     if len(absent):
         shown = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
         warnings.warn(f"no image has label {shown}, of labels up to {present[-1]} (labels by {rule})", stacklevel=2)
@@ -88,6 +89,11 @@ def _numbered(values, class_names, where, rule):
             f"{shorten(class_names)} (labels by {rule})"
         )
     return np.array(numbers, dtype=np.int64), class_names
+
+
+def _is_number(value):
+    """Whether this is a whole number, or a text that writes one as is usual, 7 and not 07."""
+    return isinstance(value, int) or (value.isascii() and value.isdecimal() and value == str(int(value)))
 
 
 def _plain(text):
@@ -119,7 +125,7 @@ def _told_by_file(files, where, label_from):
 
 
 def _read_csv(text, path):
-    """Lines FILE,LABEL, the first may be a header. Labels that are all whole numbers are the labels themselves."""
+    """Lines FILE,LABEL, the first may be a header."""
     rows = [(number, row) for number, row in enumerate(csv.reader(io.StringIO(text)), 1) if any(map(str.strip, row))]
     if rows and rows[0][1][0].strip().lower() in _HEADER:
         del rows[0]
@@ -128,8 +134,6 @@ def _read_csv(text, path):
         if len(row) != 2 or not row[1].strip():
             raise ValueError(f"{path}, line {number}: {','.join(row)!r} is not FILE,LABEL")
         _add(table, row[0].strip(), row[1].strip(), f"{path}, line {number}")
-    if all(value.isascii() and value.isdecimal() for value in table.values()):
-        table = {name: int(value) for name, value in table.items()}
     return table, None
 
 

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -80,6 +81,31 @@ def test_one_archive_is_read_by_several_epochs_workers_and_ranks(folder, tmp_pat
         assert whole == [numbers(x) for x, _ in take(grey(path, 2, seed=3, num_workers=2), 6)]
         ranks = [take(grey(path, 1, seed=3, rank=rank, num_ranks=2), 6) for rank in range(2)]
         assert whole == [[numbers(a)[0], numbers(b)[0]] for (a, _), (b, _) in zip(*ranks)]
+
+
+def test_a_child_process_opens_the_archive_for_itself(folder, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4, 4, 1), np.uint8))
+    for path in (zipped(folder, tmp_path / "x.zip"), tarred(folder, tmp_path / "x.tar"), tmp_path / "x.npy"):
+        images = open_source(str(path)).images
+        held = images.handle
+        shared = lambda images=images, held=held: os._exit(images.handle is held)  # noqa: E731
+        child = multiprocessing.get_context("fork").Process(target=shared)
+        child.start()
+        child.join()
+        assert child.exitcode == 0 and images.handle is held
+        assert pickle.loads(pickle.dumps(images)).handle is not held
+
+
+def test_fingerprints_tell_labels_and_names_apart(folder, tmp_path):
+    (folder / "b_0.png").rename(folder / "a" / "b_0.png")
+    (folder / "a_4.png").rename(folder / "a" / "a_4.png")
+    (folder / "B_3.png").rename(folder / "a" / "B_3.png")
+    labelled = [read(folder, class_cond=True, label_from=rule)[2].fingerprint for rule in ("prefix", "prefix")]
+    with pytest.warns(UserWarning, match="are of one class"):
+        labelled.append(read(folder, class_cond=True, label_from="folder")[2].fingerprint)
+    plain = read(folder)[2].fingerprint
+    (folder / "a" / "b_0.png").rename(folder / "a" / "c_0.png")
+    assert labelled[0] == labelled[1] and len({*labelled, plain, read(folder)[2].fingerprint}) == 4
 
 
 def test_a_wrapped_archive_has_its_classes_below_the_wrapping(tmp_path):
@@ -228,6 +254,16 @@ def test_whole_numbers_in_labels_csv_are_the_labels(folder, tmp_path):
         with pytest.warns(UserWarning, match="no image has label 3, 4, 5, 6, 7, 8, 9, of labels up to 10"):
             found, labels, stream = read(path, class_cond=True)
         assert dict(zip(found, labels)) == {0: 10, 1: 2, 2: 0, 3: 1, 4: 2} and stream.class_names[-1] == "10"
+
+
+def test_whole_numbers_are_names_where_the_run_knows_them_as_names(folder, tmp_path):
+    rows = "b_0.png,10\na/b_1.png,2\na/a_2.png,1\nB_3.png,1\na_4.png,2\n"
+    for path in with_files(folder, tmp_path, labels__csv=rows):
+        found, labels, _ = read(path, class_cond=True, class_names=["1", "10", "2"])  # as of folders, sorted as text
+        assert dict(zip(found, labels)) == {0: 1, 1: 2, 2: 0, 3: 0, 4: 2}
+    rows = "b_0.png,01\na/b_1.png,02\na/a_2.png,03\nB_3.png,01\na_4.png,02\n"
+    for path in with_files(folder, tmp_path, labels__csv=rows):
+        assert read(path, class_cond=True)[2].class_names == ["01", "02", "03"]
 
 
 def test_dataset_json_of_stylegan(folder, tmp_path):
@@ -483,6 +519,13 @@ def test_lmdb(lsun, num_workers):
     assert read(lsun, num_workers=num_workers)[0] == [1, 2, 0] == read(lsun / "data.mdb")[0]
     with pytest.raises(ValueError, match=r"no class labels in .*bedroom_lmdb"):
         grey(lsun, 1, class_cond=True)
+
+
+def test_one_lmdb_is_read_by_two_streams_and_their_workers(lsun):
+    first, second = grey(lsun, 1, deterministic=True), grey(lsun, 1, deterministic=True)
+    assert [numbers(next(stream)[0]) for stream in (first, second, first)] == [[1], [1], [2]]
+    assert read(lsun, num_workers=1)[0] == [1, 2, 0]  # processes that were made while it was open
+    assert numbers(next(second)[0]) == [2]
 
 
 def test_lmdb_errors(lsun, tmp_path, monkeypatch):
