@@ -12,6 +12,11 @@ import torch as th
 from . import checkpoint, dist_util, pictures, sampling
 
 
+def in_batches(count, batch_size):
+    """The indices of `count` samples, a range for each batch of consecutive ones."""
+    return [range(count)[first : first + batch_size] for first in range(0, count, batch_size)]
+
+
 def planned(diffusion, use_ddim=False, eta=None, sampler="", steps=0, spacing="", sampler_options=None):
     """
     The walk that options ask for: (step rule, the process with the rows that it keeps).
@@ -87,8 +92,8 @@ def sample_stream(
     if rule is None:
         rule, diffusion = planned(diffusion, **walk)
     predict = diffusion.predictor(model, clip_denoised, denoised_fn, cond_fn, guide, steer)
-    all_batches = [range(num_samples)[start : start + batch_size] for start in range(0, num_samples, batch_size)]
-    batches = [indices for indices in all_batches[rank::num_ranks] if not (skip and skip(indices))]
+    mine = in_batches(num_samples, batch_size)[rank::num_ranks]
+    batches = [indices for indices in mine if not (skip and skip(indices))]
     with progress_bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
         for number, indices in enumerate(batches):
             noise = sampling.SeededNoise(seed, indices, device)
@@ -153,7 +158,7 @@ def through(walk, count, batch_size, steps):
     """
     if count < 1 or batch_size < 1:
         raise ValueError(f"there must be 1 image or more, in batches of 1 or more, not {count} and {batch_size}")
-    batches, ends = [range(count)[first : first + batch_size] for first in range(0, count, batch_size)], []
+    batches, ends = in_batches(count, batch_size), []
     with progress_bar(len(batches) * steps) as bar:
         for indices in batches:
             for each, _ in walk(indices):

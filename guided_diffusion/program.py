@@ -496,5 +496,6 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     )
     drain(stream, store, through, args.batch_size)
     if args.frames and dist_util.is_main():
-        save_frames(os.path.join(folder, "samples"), diffusion, model, min(count, 8), args.frames, **how)
+        name = store.path if store else os.path.join(folder, "samples")
+        save_frames(name, diffusion, model, min(count, 8), args.frames, **how)
     return store

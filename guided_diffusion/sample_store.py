@@ -17,10 +17,12 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, config, dist_util, logger, pictures, saves
+from .generate import in_batches
 
 KINDS = ("npz", "png", "zip")
 # Options that change nothing of a sample; the files that others name count by content.
-PASSING = {"log_dir", "device", "grid", "save_as", "frames", "batch_size", "num_samples"}
+PASSING = {"log_dir", "log_formats", "device", "grid", "save_as", "frames", "batch_size", "num_samples"}
+PASSING |= {"evaluate", "extractor", "weights", "save_samples"}  # who looks at them
 BLOCK_BYTES = 1 << 20
 
 
@@ -67,7 +69,8 @@ class SampleStore:
         except FileNotFoundError as error:
             raise OSError(f"not all processes see {error.filename}: choose a --log_dir on a shared disk") from error
         dist_util.barrier()  # none writes before all have seen what is there
-        self.had = int(self._done().sum())
+        self._earlier = self._done().astype(bool)
+        self.had = int(self._earlier.sum())
         dist_util.barrier()
 
     def _sizes(self):
@@ -160,22 +163,23 @@ class SampleStore:
 
     def drawn(self, batch_size):
         """
-        Yields this process's share, (indices, uint8 tensor [n,H,W,C], labels [n] or None), of what is drawn by now.
+        Yields this process's share, (indices, uint8 tensor [n,H,W,C], labels [n] or None), of the batches of which all
+        was drawn before this run: those that it will not draw.
 
         :raises ValueError: if they are finished, and not as an npz, from which they could be read.
         """
-        images, labels, indices = self._finished() if self.finished else (self.images, self.labels, None)
-        indices = np.flatnonzero(self._done()) if indices is None else indices
-        mine = np.array_split(indices, dist_util.world_size())[dist_util.rank()]
-        for first in range(0, len(mine), batch_size):
-            part = mine[first : first + batch_size]
-            yield part.tolist(), th.tensor(images[part]), None if labels is None else th.tensor(labels[part])
+        images, labels = self._finished() if self.finished else (self.images, self.labels)
+        batches = in_batches(self.shape[0], batch_size)
+        had = [part for part in batches if self.finished or self._earlier[part.start : part.stop].all()]
+        for part in had[dist_util.rank() :: dist_util.world_size()]:
+            rows = slice(part.start, part.stop)
+            yield list(part), th.tensor(images[rows]), None if labels is None else th.tensor(labels[rows])
 
     def _finished(self):
         if "npz" not in self.kinds:
             raise ValueError(f"{self.path} is finished, and not as an npz: score it by evaluations/evaluator.py")
         with np.load(self.path_of("npz"), allow_pickle=False) as npz:
-            return npz["arr_0"], npz["arr_1"] if self.labelled else None, np.arange(self.shape[0])
+            return npz["arr_0"], npz["arr_1"] if self.labelled else None
 
     def finish(self, class_names=None, **more):
         """
@@ -189,8 +193,9 @@ class SampleStore:
         if "npz" in self.kinds:
             self._write_npz(more)
         if "png" in self.kinds:
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.makedirs(f"{self.path}.tmp", exist_ok=True)
+            for folder in (self.path, f"{self.path}.tmp"):  # the second of a run that was killed here
+                shutil.rmtree(folder, ignore_errors=True)
+            os.makedirs(f"{self.path}.tmp")
             for name, data in self._pictures(class_names):
                 with open(os.path.join(f"{self.path}.tmp", name), "wb") as file:
                     file.write(data)

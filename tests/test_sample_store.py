@@ -101,6 +101,49 @@ def test_pictures_are_what_the_loader_reads(tmp_path):
             assert np.array_equal(np.array(Image.open(file)), IMAGES[5])
 
 
+def test_who_looks_sees_each_sample_once_though_batches_are_of_another_size(tmp_path):
+    SampleStore(str(tmp_path), IMAGES.shape, PLAN, labelled=True).put(range(5), IMAGES[:5], LABELS[:5])
+    store, seen = SampleStore(str(tmp_path), IMAGES.shape, PLAN, labelled=True), []
+    batches = [part for part in (range(3), range(3, 6), range(6, 9), range(9, 10)) if not store.has(part)]
+    assert batches[0] == range(3, 6)  # of which two are drawn already
+    x = th.from_numpy(IMAGES).permute(0, 3, 1, 2) / 127.5 - 1 + 1e-3
+    stream = ((part, x[part.start : part.stop], th.from_numpy(LABELS)[part.start : part.stop]) for part in batches)
+
+    def through(stream):
+        for indices, images, labels in stream:
+            whole = images if images.dtype == th.uint8 else ((images + 1) * 127.5).byte().permute(0, 2, 3, 1)
+            assert np.array_equal(whole.numpy(), IMAGES[list(indices)])
+            assert labels.tolist() == LABELS[list(indices)].tolist()
+            seen.extend(indices)
+            yield indices, images, labels
+
+    sample_store.drain(stream, store, through, batch_size=3)
+    assert seen == list(range(10)) and np.array_equal(store.images, IMAGES)
+
+
+def test_what_was_drawn_before_is_that_for_all_processes(tmp_path, monkeypatch):
+    store = filled(tmp_path)
+    store.close()
+    shares = []
+    for rank in range(2):
+        store = SampleStore(str(tmp_path), IMAGES.shape, PLAN, labelled=True)
+        store._earlier[8:] = False
+        monkeypatch.setattr(sample_store.dist_util, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(sample_store.dist_util, "world_size", lambda: 2)
+        shares.append([indices for indices, *_ in store.drawn(4)])
+        monkeypatch.undo()
+    assert shares == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]  # whatever else has been drawn by the time it is asked
+
+
+def test_who_looks_at_samples_is_no_part_of_their_plan():
+    words = ["--model_path", "m.pt", "--seed", "3"]
+    groups = config.SampleOptions, config.EvaluateOptions, config.RunOptions
+    plain = sample_store.plan_of(config.parse("", *groups, argv=words), {})
+    words += ["--evaluate", "ref.npz", "--extractor", "c.pt", "--weights", "w", "--log_formats", "log"]
+    assert sample_store.plan_of(config.parse("", *groups, argv=words), {}) == plain
+    assert sample_store.plan_of(config.parse("", *groups, argv=[*words, "--seed", "4"]), {}) != plain
+
+
 # ----------------------------------------------------------------------------------------------------------- a program
 
 
