@@ -474,14 +474,14 @@ def floats(monkeypatch):
     """The samples [N,C,H,W] of each program that runs, before they become bytes."""
     seen = []
 
-    def watched(stream, store):
+    def watched(stream, *where):
         def copied():
             for indices, x, y in stream:
                 parts.append(x)
                 yield indices, x, y
 
         parts = []
-        drain(copied(), store)
+        drain(copied(), *where)
         seen.append(th.cat(parts))
 
     drain = program.drain
