@@ -13,6 +13,20 @@ def open_classifier(path, device):
     return open_classifier(path, device=device)
 
 
+def locate(path):
+    """A path that can be read, for a path or for the name of a published checkpoint, which is downloaded once."""
+    from guided_diffusion.published import locate
+
+    return locate(path)
+
+
+def size_of(flags):
+    """(height, width) of the images that a network of these flags reads."""
+    from guided_diffusion.config import size_of
+
+    return size_of(flags)
+
+
 def fetch(url, path, checksum=""):
     """Bring a file from the net to `path`, resumed where it broke off, checked, with a bar."""
     from guided_diffusion.download import fetch
@@ -56,10 +70,48 @@ def decode(source, mode, file=None):
 
 
 def center_crop(image, size):
-    """The centre square of a PIL image, made small as the training data of this project is: uint8 [S,S,C] or [S,S]."""
+    """The centre of a PIL image, brought to `size` as the training data of this project is: uint8 [H,W,C] or [H,W].
+
+    :param size: as of `parse_size`.
+    """
+    from guided_diffusion.config import sides
     from guided_diffusion.image_datasets import center_crop_arr
 
-    return center_crop_arr(image, size)
+    return center_crop_arr(image, sides(size))
+
+
+def parse_size(text):
+    """A side in pixels, or "HEIGHTxWIDTH", of what is typed; argparse.ArgumentTypeError for anything else."""
+    from guided_diffusion.config import parse_size
+
+    return parse_size(text)
+
+
+def is_database(folder):
+    """Whether a folder is an LMDB or holds CIFAR's batches, so that its images are no files."""
+    from guided_diffusion.byte_formats import cifar_files
+
+    return os.path.isfile(os.path.join(folder, "data.mdb")) or bool(cifar_files(str(folder)))
+
+
+def loader_images(path):
+    """The images of anything that the training loader reads, as `decode_item` takes them: a Sequence."""
+    from guided_diffusion.sources import open_source
+
+    return open_source(str(path)).images
+
+
+def bytes_of(item):
+    """The bytes that one of `loader_images` is decoded from."""
+    if not hasattr(item, "open"):
+        return item.tobytes()
+    with item.open() as file:
+        return file.read()
+
+
+def decode_item(item, mode):
+    """One of `loader_images` as PIL image of that mode."""
+    return decode(item.name, mode, item.open) if hasattr(item, "open") else decode(item, mode)
 
 
 def to_uint8(x):

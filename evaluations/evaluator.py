@@ -2,7 +2,8 @@
 
     python evaluations/evaluator.py REF SAMPLE [--extractor inception|CLASSIFIER.pt|module:function] [--out scores.json]
 
-REF and SAMPLE are npz files, folders or zips of pictures, or names of published files. An npz holds images `arr_0`
+REF and SAMPLE are npz files, folders, zips or tars of pictures, whatever else training reads, or names of published
+files. An npz holds images `arr_0`
 (uint8 [N,H,W,C]), possibly labels `arr_1` [N], possibly Inception moments of a larger set: `mu, sigma` (pool) and
 `mu_s, sigma_s` (spatial). Stored moments stand in for those of the images in FID and sFID; the other scores look at the
 images always. Several processes (torchrun, mpiexec, srun) share the work.
@@ -102,7 +103,8 @@ def add_extractor_options(parser):
                         "published")  # fmt: skip
     parser.add_argument("--resize", default="tf1", choices=inception.RESIZES, help="rule by which Inception resizes")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="numbers inside Inception")
-    parser.add_argument("--image_size", type=int, help="cut squares of this side out of pictures in folders and zips")
+    parser.add_argument("--image_size", type=door.parse_size, help="cut squares of this side, or HEIGHTxWIDTH, out of "
+                        "pictures in folders, zips and tars")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=64, help="images given to the network at once; no score "
                         "depends on it")  # fmt: skip
     parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (empty: a GPU if there is one)")

@@ -52,7 +52,8 @@ class Extractor(Protocol):
 
 def make_extractor(spec, device="cpu", weights=None, **inception_options):
     """The extractor that a word stands for: "inception" (weights: its file; more options: see InceptionExtractor), the
-    path of a classifier checkpoint, "module:function", or a network of torch-fidelity's, as dinov2-vit-l-14."""
+    path or published name of a classifier checkpoint, "module:function", or a network of torch-fidelity's, as
+    dinov2-vit-l-14."""
     spec = str(spec)
     if spec == InceptionExtractor.name:
         return InceptionExtractor(weights, device, **inception_options)
@@ -62,13 +63,15 @@ def make_extractor(spec, device="cpu", weights=None, **inception_options):
         raise ValueError(f"{', '.join(OPTIONS)} belong to the extractor {InceptionExtractor.name!r}, not to {spec}")
     if spec.startswith(("dinov2-", "clip-")):
         return FidelityExtractor(spec, device)
-    if Path(spec).is_file():
-        return ClassifierExtractor(spec, device)
+    path = door.locate(spec)
+    if Path(path).is_file():
+        return ClassifierExtractor(path, device)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
         return CallableExtractor(spec)
     raise FileNotFoundError(
-        f"extractor {spec} is neither {InceptionExtractor.name!r} nor the file of a classifier checkpoint, nor a "
-        "function as module:function, nor one of torch-fidelity's (dinov2-vit-{s,b,l,g}-14, clip-vit-b-32...)"
+        f"extractor {spec} is neither {InceptionExtractor.name!r} nor the file or published name of a classifier "
+        "checkpoint, nor a function as module:function, nor one of torch-fidelity's (dinov2-vit-{s,b,l,g}-14, "
+        "clip-vit-b-32...)"
     )
 
 
@@ -155,14 +158,14 @@ class ClassifierExtractor:
         self.name = str(path)
         self.device = torch.device(device)
         self.classifier, flags = door.open_classifier(path, device)
-        self.channels, self.size = flags["image_channels"], flags["image_size"]
+        self.channels, self.size = flags["image_channels"], door.size_of(flags)
         self.identity = {"name": "classifier at t = 0", "weights": f"sha256:{door.sha256(path)}"}
-        self.dim = self(np.zeros((1, self.size, self.size, self.channels), np.uint8)).pool.shape[1]
+        self.dim = self(np.zeros((1, *self.size, self.channels), np.uint8)).pool.shape[1]
 
     def __call__(self, images):
         x = _as_batch(images, (self.channels,), f"the classifier {self.name} was trained on {self.channels}")
-        if x.shape[2:] != (self.size, self.size):
-            raise ValueError(f"images are {list(x.shape[2:])} pixels, but {self.name} reads {self.size} squared")
+        if x.shape[2:] != self.size:
+            raise ValueError(f"images are {list(x.shape[2:])} pixels, but {self.name} reads {list(self.size)}")
         return _in_equal_parts(self._look, x, self.at_once)
 
     def _look(self, x):

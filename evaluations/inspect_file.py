@@ -60,6 +60,8 @@ def described(path):
 
 
 def _kind(source):
+    if isinstance(source, sources.LoaderSource):
+        return "images as training reads them"
     if isinstance(source, sources.FilesSource):
         return "a folder of pictures" if source.archive is None else "a zip of pictures"
     if source.provenance:

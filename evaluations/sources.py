@@ -1,9 +1,11 @@
-"""Where images come from: an npz that is streamed and never loaded, a folder, a zip, arrays, or a stream of batches.
+"""Where images come from: an npz that is streamed and never loaded, a folder or zip of pictures, whatever else training
+reads, arrays, or a stream of batches.
 
 A source yields its images once, in blocks, the same whatever the number of processes that share it: block b belongs to
 rank b mod R. An image is uint8 [H,W,C].
 """
 
+import contextlib
 import hashlib
 import io
 import sys
@@ -168,7 +170,8 @@ class NpzSource(Source):
 class FilesSource(Source):
     """Pictures of a folder, in depth, or of a zip, in the order of their names; all of one size, or made so.
 
-    :param channels: 3 or 1. :param image_size: side of a centre crop, made as the training data are; None: as they are.
+    :param channels: 3 or 1. :param image_size: of a centre crop, made as the training data are, a side or
+        "HEIGHTxWIDTH"; None: as they are.
     """
 
     def __init__(self, path, channels=3, image_size=None):
@@ -211,7 +214,10 @@ class FilesSource(Source):
         return np.stack(images), None
 
     def _image(self, name):
-        picture = door.decode(f"{self.name}: {name}" if self.archive else name, MODES[self.channels], self._open(name))
+        name_told = f"{self.name}: {name}" if self.archive else name
+        return self._pixels(door.decode(name_told, MODES[self.channels], self._open(name)))
+
+    def _pixels(self, picture):
         pixels = door.center_crop(picture, self.image_size) if self.image_size else np.array(picture)
         return pixels.reshape(*pixels.shape[:2], self.channels)
 
@@ -223,6 +229,39 @@ class FilesSource(Source):
         for name in self.files[:count]:
             size = self.archive.getinfo(name).CRC if self.archive else Path(name).stat().st_size
             digest.update(f"{name if self.archive else Path(name).relative_to(self.name)} {size}\n".encode())
+        return digest.hexdigest()
+
+
+class LoaderSource(FilesSource):
+    """What else the training loader reads: a tar of pictures, an npy, idx or CIFAR file, an LMDB; without labels."""
+
+    def __init__(self, path, channels=3, image_size=None):
+        Source.__init__(self, str(path))
+        self.channels, self.image_size = channels, image_size
+        self.images = door.loader_images(path)
+        self.count = len(self.images)
+        if not self.count:
+            raise ValueError(f"no pictures in {path}")
+        names = getattr(self.images, "names", None) or ()
+        self.lossy = any(name.lower().endswith(LOSSY) for name in names) if names else None
+
+    def _check(self):
+        self.take([0])
+
+    def take(self, rows):
+        images = [self._pixels(door.decode_item(self.images[int(row)], MODES[self.channels])) for row in rows]
+        shapes = sorted({image.shape[:2] for image in images})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{self.name} holds pictures of {shapes[0]} and {shapes[1]} pixels: give --image_size N to cut squares"
+                " of one size out of them"
+            )
+        return np.stack(images), None
+
+    def fingerprint(self, count):
+        digest = hashlib.sha256(f"{self.channels} {self.image_size}".encode())
+        for row in range(count):
+            digest.update(hashlib.sha256(door.bytes_of(self.images[row])).digest())
         return digest.hexdigest()
 
 
@@ -290,12 +329,15 @@ def read_image_set(path, channels=3):
 
 def _open_path(path, channels, image_size):
     if path.is_dir():
-        return FilesSource(path, channels, image_size)
+        return (LoaderSource if door.is_database(path) else FilesSource)(path, channels, image_size)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected an npz file of images, or a folder or zip of pictures")
     if path.suffix == ".pkl":
         raise ValueError(f"{path} is a pickle, which can run code and is not read: ask for its npz, or make one of it")
     if not zipfile.is_zipfile(path):
+        if path.suffix != ".npz":
+            with contextlib.suppress(FileNotFoundError):  # of a name that says nothing to the loader
+                return LoaderSource(path, channels, image_size)
         raise ValueError(f"{path} is not an npz file: write it with np.savez(path, images)")
     with reading(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()

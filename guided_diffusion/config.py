@@ -466,7 +466,8 @@ class EvaluateOptions:
         " published file; writes scores.json (docs/evaluation.md)",
     )
     extractor: str = option(
-        "inception", "whose features --evaluate compares: inception, a classifier's checkpoint or module:function"
+        "inception",
+        "whose features --evaluate compares: inception, the path or published name of a classifier, or module:function",
     )
     weights: str = option("", "file of the weights of Inception; empty: $GD_INCEPTION_WEIGHTS, else the published file")
     save_samples: bool = option(True, "keep the samples and write them; without, --evaluate needs no room for them")

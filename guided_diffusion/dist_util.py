@@ -173,7 +173,7 @@ def from_main(function, *args):
     if is_main():
         try:
             result = function(*args)
-        except (ValueError, OSError) as raised:
+        except (ValueError, OSError, ImportError) as raised:
             error = raised
     result, error = gather_objects((result, error))[0]
     if error is not None:

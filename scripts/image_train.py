@@ -46,8 +46,9 @@ def watchers(args, flags, diffusion, folder, names):
     watch = Watch(diffusion, flags, args.log_dir or folder, seed=args.seed, **how)
     found = [(args.sample_interval, watch.picture)] if args.sample_interval else []
     if args.eval_every:
-        scores = distance_to_data(args, flags) if dist_util.is_main() else None
-        found.append((args.eval_every, lambda trainer: watch.score(trainer, args.eval_samples, scores)))
+        made = []  # on the first process, which alone looks at images
+        dist_util.from_main(lambda: made.append(distance_to_data(args, flags)))
+        found.append((args.eval_every, lambda trainer: watch.score(trainer, args.eval_samples, *(made or [None]))))
     return found
 
 
@@ -59,6 +60,7 @@ def distance_to_data(args, flags):
     data = load_data(
         data_dir=args.val_data_dir or args.data_dir, batch_size=args.batch_size, image_size=config.size_of(flags),
         image_channels=flags["image_channels"], random_flip=False, num_workers=0, seed=args.seed, once=True,
+        background=args.background, skip_bad_images=args.skip_bad_images,
     )  # fmt: skip
     extractor = make_extractor(args.eval_extractor, dist_util.dev())
     parts, count = [], 0

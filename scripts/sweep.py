@@ -16,7 +16,7 @@ import torch as th
 from evaluations import report, tables
 from evaluations.evaluator import evaluate, write
 from evaluations.features import make_extractor
-from guided_diffusion import checkpoint, config, generate, sampling, study
+from guided_diffusion import checkpoint, config, generate, published, sampling, study
 from guided_diffusion.config import option
 from guided_diffusion.prediction import Prediction
 from guided_diffusion.script_util import open_diffusion
@@ -135,6 +135,8 @@ def check(args):
     for name in ("model_path", "reference"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing")
+    for name in ("model_path", "classifier_path"):
+        setattr(args, name, vars(args)[name] and published.locate(vars(args)[name]))
     for name in ("model_path", "reference", "classifier_path"):
         path = getattr(args, name)
         if path and not Path(path).is_file():

@@ -1,6 +1,8 @@
 """Where images come from: every kind of source gives the same images, to any number of processes; what is refused."""
 
 import io
+import struct
+import tarfile
 import zipfile
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluations import sources
+from evaluations import inspect_file, sources
 from guided_diffusion.image_datasets import center_crop_arr
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (600, 4, 5, 3)).astype(np.uint8)
@@ -44,6 +46,63 @@ def written(tmp_path):
             archive.writestr(f"{i:03d}.png", buffer.getvalue())
     kinds = {name: tmp_path / f"{name}.npz" for name in ("plain", "compressed", "floats")}
     return kinds | {"folder": folder, "zip": tmp_path / "pictures.zip"}
+
+
+def as_png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def of_the_loader(folder, kind, images):
+    """The path of uint8 images [N,H,W,C] in a format that only the training loader reads."""
+    if kind == "tar":
+        with tarfile.open(folder / "x.tar", "w") as archive:
+            for i, data in enumerate(map(as_png, images)):
+                entry = tarfile.TarInfo(f"{i:03d}.png")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+        return folder / "x.tar"
+    if kind == "npy":
+        np.save(folder / "x.npy", images)
+        return folder / "x.npy"
+    if kind == "idx":
+        head = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape[:3])
+        (folder / "train-images-idx3-ubyte").write_bytes(head + images[..., 0].tobytes())
+        return folder / "train-images-idx3-ubyte"
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(folder / "lmdb"), map_size=1 << 24) as base, base.begin(write=True) as writing:
+        for i, data in enumerate(map(as_png, images)):
+            writing.put(f"{i:05d}".encode(), data)
+    return folder / "lmdb"
+
+
+@pytest.mark.parametrize("kind", ["tar", "npy", "idx", "lmdb"])
+def test_what_training_reads_can_be_scored(tmp_path, kind):
+    images = IMAGES[:300, ..., :1]
+    path = of_the_loader(tmp_path, kind, images)
+    source = sources.open_source(path, channels=1)
+    source.check()
+    assert source.count == 300 and source.labels is None
+    for size in (1, 2, 4):
+        np.testing.assert_array_equal(drained(source, size)[0], images)
+    np.testing.assert_array_equal(source.take([3, 299])[0], images[[3, 299]])
+    cut = sources.open_source(path, 1, "3x4").take([5])[0][0]
+    np.testing.assert_array_equal(cut[..., 0], center_crop_arr(Image.fromarray(images[5, ..., 0]), (3, 4)))
+    assert next(inspect_file.described(path)) == f"{path}: images as training reads them"
+    before = source.fingerprint(20)
+    assert before == source.fingerprint(20) != source.fingerprint(21)
+    (tmp_path / "other").mkdir()
+    other = images.copy()
+    other[7] ^= 1
+    assert sources.open_source(of_the_loader(tmp_path / "other", kind, other), 1).fingerprint(20) != before
+
+
+def test_pictures_of_two_sizes_in_a_tar_are_said(tmp_path):
+    path = of_the_loader(tmp_path, "tar", [IMAGES[0], IMAGES[1, :3]])
+    with pytest.raises(ValueError, match=r"x.tar holds pictures of \(3, 5\) and \(4, 5\) pixels: give --image_size N"):
+        list(sources.open_source(path).blocks())
+    assert next(sources.open_source(path, 3, 3).blocks()).images.shape == (2, 3, 3, 3)
 
 
 @pytest.mark.parametrize("kind", ["plain", "compressed", "floats", "folder", "zip", "array"])

@@ -281,7 +281,7 @@ def test_a_classifier_checkpoint_of_this_project_is_opened_by_its_path(tmp_path)
 
 @pytest.mark.parametrize("shape, message", [
     ((2, 8, 8, 1), r"1 channels, but the classifier .*classifier\.pt was trained on 3"),
-    ((2, 8, 9, 3), r"\[8, 9\] pixels, but .*classifier\.pt reads 8 squared"),
+    ((2, 8, 9, 3), r"\[8, 9\] pixels, but .*classifier\.pt reads \[8, 8\]"),
 ])
 def test_classifier_refuses_other_channels_and_sizes(classifier_file, shape, message):
     extractor = features.ClassifierExtractor(classifier_file)

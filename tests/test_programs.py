@@ -699,7 +699,7 @@ BAD = [
     (f"{IMAGE_TRAIN} --data_dir {{bad}}/nowhere", "data_dir .*bad/nowhere does not exist"),
     (f"{IMAGE_TRAIN} --data_dir {{bad}}/empty", r"no images in .*bad/empty.*\*\.jpg.*\*\.png"),
     (f"image_train {NET}", "pass --data_dir"),
-    (f"{IMAGE_TRAIN} --data_dir {{bad}}/file", "bad/file is neither a folder nor an npz"),
+    (f"{IMAGE_TRAIN} --data_dir {{bad}}/file", "bad/file is not a folder, an npz, npy, zip"),
     (f"{CLASSIFIER_TRAIN} --val_data_dir {{bad}}/nowhere", "data_dir .*bad/nowhere does not exist"),
     (f"{IMAGE_TRAIN} --data_dir {{bad}}/few", "holds 5 images.*no batch of 8.*batch_size from 1 to 5"),
     (f"{CLASSIFIER_TRAIN} --val_data_dir {{bad}}/few", "bad/few holds 5 images.*batch_size from 1 to 5"),

@@ -15,6 +15,7 @@ from test_config import PROGRAMS
 from test_download import Server, http
 from test_programs import done, refused, run
 
+from evaluations.features import make_extractor
 from guided_diffusion import checkpoint, config, identify, logger, presets, published, script_util
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +188,22 @@ def test_a_published_name_is_enough_to_sample_and_to_go_on_from(server, preset, 
     tuned = checkpoint.load(tmp_path / "tuned" / "model000001.pt")
     assert all(torch.equal(tuned[name], value) for name, value in torch.load(io.BytesIO(content)).items())
     assert checkpoint.read_config(tmp_path / "tuned" / "model000001.pt")["flags"] == TINY
+
+
+def test_a_published_classifier_scores_by_its_name(server, monkeypatch, tmp_path):
+    flags = config.defaults(*identify.GROUPS["classifier"]) | {
+        "image_size": 8, "image_channels": 1, "num_classes": 3, "classifier_width": 32, "classifier_depth": 1,
+        "classifier_channel_mult": "1,1", "classifier_attention_resolutions": "4", "classifier_num_head_channels": 16,
+    }  # fmt: skip
+    file = io.BytesIO()
+    network = script_util.build("classifier", flags)
+    torch.save(network.state_dict(), file)
+    server.files["/64x64_classifier.pt"] = file.getvalue()
+    count = sum(each.numel() for each in network.parameters())
+    tiny = presets.PRESETS["classifier64"]._replace(flags=flags, parameters=count)
+    monkeypatch.setitem(presets.PRESETS, "classifier64", tiny)
+    assert make_extractor("classifier64").dim == make_extractor("64x64_classifier.pt").dim == 32
+    assert len(server.asked) == 1
 
 
 def test_a_preset_trains_its_network_anew(preset, tmp_path):

@@ -10,6 +10,8 @@ from PIL import Image
 from test_image_datasets import save
 from test_programs import CLASSIFIER, NET, TRAIN, done, refused
 
+from evaluations import evaluator
+from evaluations.features import make_extractor
 from guided_diffusion import config
 from guided_diffusion.image_datasets import ImageDataset, center_crop_arr, random_crop_arr
 from guided_diffusion.script_util import create_classifier, create_model, open_classifier, open_diffusion
@@ -121,6 +123,19 @@ def test_every_program_draws_or_reads_rectangles(home):
     some = f"{model} --data_dir {home}/data --num_images 2 --timestep_respacing 5"
     done("invert", f"{some} --steps 3 --log_dir {home}/inverted")
     done("inpaint", f"{some} --steps 3 --num_samples 1 --log_dir {home}/inpainted")
+
+
+def test_rectangles_are_scored_by_a_classifier_of_rectangles(home, capsys):
+    classifier = str(home / "classifier" / "model000002.pt")
+    extractor = make_extractor(classifier)
+    images = np.random.default_rng(1).integers(0, 256, (5, 8, 16, 1), np.uint8)
+    network, x = open_classifier(classifier)[0], th.tensor(images / 127.5 - 1, dtype=th.float32).permute(0, 3, 1, 2)
+    with th.no_grad():
+        np.testing.assert_allclose(extractor(images).pool, network.features(x, th.zeros(5)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"images are \[16, 8\] pixels, but .* reads \[8, 16\]"):
+        extractor(images.transpose(0, 2, 1, 3))
+    words = [str(home / "data"), str(home / "data"), "--extractor", classifier, "--image_size", "8x16", "--no_errors"]
+    assert evaluator.main(words) == 0 and "Precision: 1.0" in capsys.readouterr().out
 
 
 def test_what_needs_squares_says_so(home):

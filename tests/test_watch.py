@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch as th
+from PIL import Image
 from test_programs import done, names, refused, rows, same
 
-from evaluations import metrics
+from evaluations import features, metrics
 from evaluations.features import extract, make_extractor
 from guided_diffusion import checkpoint, ema, tasks, train_util
 from guided_diffusion.script_util import create_gaussian_diffusion
@@ -66,6 +67,25 @@ def first_nine(home):
     data = load_data(data_dir=home / "val.npz", batch_size=14, image_size=8, image_channels=1, random_flip=False,
                      num_workers=0, once=True)  # fmt: skip
     return nearest_uint8(next(data)[0]).numpy()[:9]
+
+
+@pytest.mark.filterwarnings("ignore:cannot read image")
+def test_the_distance_is_to_the_images_that_training_sees(home, tmp_path, monkeypatch):
+    """Transparent ones on the background that was asked for, and what cannot be read passed over as there."""
+    for number in range(4):
+        Image.new("RGBA", (8, 8), (200, 100, 50, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    seen = []
+
+    def noted(extractor, images):
+        seen.append(images)
+        return extract(extractor, images)
+
+    monkeypatch.setattr(features, "extract", noted)
+    done("image_train", f"--data_dir {tmp_path} {NET.replace('--class_cond True --num_classes 3', '')} {TRAIN}"
+         f" --batch_size 3 --iterations 1 --background black --skip_bad_images True --eval_every 1 --eval_samples 5"
+         f" --sample_steps 2 --eval_extractor {home}/judge/model000004.pt --log_dir {tmp_path}/run")  # fmt: skip
+    assert sum(map(len, seen[:2])) == 5 and not np.concatenate(seen[:2]).any()
 
 
 def test_the_average_stands_in_for_the_weights_and_goes_again():
