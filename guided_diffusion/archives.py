@@ -9,7 +9,6 @@ import copy
 import io
 import os
 import tarfile
-import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -191,7 +190,6 @@ class Lmdb(Inside):
             return reading.get(key)
 
 
-<<<<<<< HEAD
 _bases = {}  # those that are open, by their paths
 
 
@@ -207,32 +205,13 @@ if hasattr(os, "register_at_fork"):
 
 def _lmdb(path):
     """An LMDB to read from, a folder with data.mdb or that file itself; ValueError for what is none."""
-=======
-_open_bases = weakref.WeakValueDictionary()  # {(device, inode): environment}: none may be open twice
-
-
-def open_lmdb(path):
-    """
-    An LMDB to read from, a folder with data.mdb or that file itself; ValueError for what is none. All who read it in
-    this process share it, and so do those forked from it, which neither write nor lock; it closes when the last of them
-    is gone.
-    """
->>>>>>> w6-R
     try:
         import lmdb
     except ImportError:
         raise ImportError(f"{path} is an LMDB, and to read it takes the package lmdb: pip install lmdb") from None
-<<<<<<< HEAD
     file = os.path.realpath(os.path.join(path, "data.mdb") if os.path.isdir(path) else path)
     if file in _bases:
         return _bases[file]
-=======
-    file = os.path.join(path, "data.mdb") if os.path.isdir(path) else path
-    place = os.stat(file) if os.path.exists(file) else None
-    key = place and (place.st_dev, place.st_ino)
-    if key in _open_bases:
-        return _open_bases[key]
->>>>>>> w6-R
     try:
         base = lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
@@ -241,22 +220,13 @@ def open_lmdb(path):
     if os.path.getsize(file) < size:  # to read on would be a bus error
         base.close()
         raise ValueError(f"{file} is not whole: {os.path.getsize(file)} of {size} bytes")
-<<<<<<< HEAD
     _bases[file] = base
-=======
-    _open_bases[key] = base
->>>>>>> w6-R
     return base
 
 
 def lmdb_of(path):
     """(Lmdb, names, {}). Raises ValueError for what is none, or not whole."""
-<<<<<<< HEAD
     with _lmdb(path).begin() as reading:
-=======
-    base = open_lmdb(path)
-    with base.begin() as reading:
->>>>>>> w6-R
         keys = list(reading.cursor().iternext(values=False))
     if not keys:
         raise ValueError(f"no images in {path}: the LMDB is empty")

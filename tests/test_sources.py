@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_image_datasets import grey, lopsided, numbers, save, take
 
@@ -522,25 +521,11 @@ def test_lmdb(lsun, num_workers):
         grey(lsun, 1, class_cond=True)
 
 
-<<<<<<< HEAD
 def test_one_lmdb_is_read_by_two_streams_and_their_workers(lsun):
     first, second = grey(lsun, 1, deterministic=True), grey(lsun, 1, deterministic=True)
     assert [numbers(next(stream)[0]) for stream in (first, second, first)] == [[1], [1], [2]]
     assert read(lsun, num_workers=1)[0] == [1, 2, 0]  # processes that were made while it was open
     assert numbers(next(second)[0]) == [2]
-=======
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_lmdb_is_read_by_several_at_once(lsun, num_workers):
-    """As held-out images and as those that samples are compared with, in one process."""
-    how = {"batch_size": 1, "image_size": 8, "deterministic": True, "random_flip": False, "num_workers": num_workers}
-    streams = [load_data(data_dir=path, **how) for path in (lsun, lsun / "data.mdb")]
-    with_handle = open_source(lsun).images
-    with_handle[0].open()
-    streams.append(load_data(data_dir=lsun, **how))
-    for _ in range(4):
-        first, *others = [next(stream)[0] for stream in streams]
-        assert all(torch.equal(first, each) for each in others)
->>>>>>> w6-R
 
 
 def test_lmdb_errors(lsun, tmp_path, monkeypatch):
