@@ -1,9 +1,11 @@
 """Samples on the disk while they are drawn: broken off, gone on with, and what they become."""
 
+import json
 import random
 import shutil
 import time
 import zipfile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -222,6 +224,26 @@ def test_an_unfinished_run_of_other_options_is_refused(home, tmp_path, monkeypat
         refused("image_sample", words(home, tmp_path, 8), "division by zero")
     refused("image_sample", words(home, tmp_path, 8, "--use_ddim True"), r"use_ddim \(False there, True here\)")
     assert "going on: 8 of 8" in done("image_sample", words(home, tmp_path, 8)).out
+
+
+def test_a_run_gone_on_with_is_scored_as_one_that_was_not(home, tmp_path, monkeypatch):
+    """Though its batches are of another size, and nobody scored it when it began."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pixels.py").write_text("def features(images): return images.mean((1, 2)) / 255")
+    look = f"--evaluate {home}/data.npz --extractor pixels:features"
+    done("image_sample", words(home, tmp_path / "whole", 10, look))
+    with monkeypatch.context() as patch:
+        kept = sample_store._kept
+        patch.setattr(sample_store, "_kept", lambda stream, store: islice(kept(stream, store), 2))
+        patch.setattr(SampleStore, "finish", lambda self, *a, **k: 1 / 0)
+        refused("image_sample", words(home, tmp_path / "part", 10), "division by zero")
+    said = done("image_sample", words(home, tmp_path / "part", 10, f"{look} --batch_size 3")).out
+    assert "going on: 8 of 10 samples are drawn already" in said
+    whole, part = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("whole", "part"))
+    assert part["sample"]["images"] == 10 and part["fid"] == pytest.approx(whole["fid"], rel=0.01)
+    finished = done("image_sample", words(home, tmp_path / "part", 10, look)).out
+    assert "is finished already" in finished
+    assert json.loads((tmp_path / "part" / "scores.json").read_text())["fid"] == part["fid"]
 
 
 def test_so_many_of_each_class(home, tmp_path):
