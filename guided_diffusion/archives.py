@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def zip_of(path):
                 raise ValueError("it is encrypted")
             where = _members([info.filename for info in held])
             files = {name: file.read(where[name]) for name in LABEL_FILES.values() if name in where}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"cannot read {path} as a whole zip: {error}") from error
     names = _pictures(path, where)
     return Zip(path, [where[name] for name in names], names), names, files
@@ -136,7 +137,7 @@ def _tar_members(file, start, end, folder=""):
             raise ValueError("it has no end, as if half written")
         for member in members:
             name = f"{folder}{member.name.removeprefix('./')}"
-            if member.issparse() or (member.islnk() and is_picture(name)):
+            if member.issparse() or ((member.islnk() or member.issym()) and is_picture(name)):
                 raise ValueError(f"{name} is a sparse file or a link: pack the files themselves")
             if member.isreg() and name.endswith(".tar"):
                 inner = member.offset_data

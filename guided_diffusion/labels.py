@@ -168,7 +168,10 @@ def _look_up(names, table, path):
     values = [table.get(_plain(name)) for name in names]
     unlabelled = [name for name, value in zip(names, values) if value is None]
     if unlabelled:
-        raise ValueError(f"{path} has no label for {unlabelled[0]} ({len(unlabelled)} of {len(names)} pictures)")
+        raise ValueError(
+            f"{path} has no label for {unlabelled[0]} ({len(unlabelled)} of {len(names)} pictures): add it, or let"
+            " names tell, by --label_from prefix or folder"
+        )
     left = sorted(table.keys() - {_plain(name) for name in names})
     if left:
         warnings.warn(f"{path} names {len(left)} files that are not there, as {left[0]}; passed over", stacklevel=2)

@@ -188,6 +188,9 @@ def test_archives_that_are_refused(folder, tmp_path):
     os.link(folder / "b_0.png", folder / "c_9.png")
     tarred(folder, tmp_path / "link.tar")
     (folder / "c_9.png").unlink()
+    (folder / "c_9.png").symlink_to("b_0.png")
+    tarred(folder, tmp_path / "symlink.tar")
+    (folder / "c_9.png").unlink()
     tarred(folder, tmp_path / "x.tar.gz", mode="w:gz")
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as file:
         file.writestr("notes.txt", "")
@@ -197,7 +200,7 @@ def test_archives_that_are_refused(folder, tmp_path):
     (tmp_path / "secret.zip").write_bytes(secret)
     for name, message in {
         "twice.zip": "holds b_0.png twice", "twice.tar": "holds b_0.png twice",
-        "link.tar": "png is a sparse file or a link",
+        "link.tar": "png is a sparse file or a link", "symlink.tar": "c_9.png is a sparse file or a link",
         "x.tar.gz": "compressed as a whole.*unpack it to a .tar", "none.zip": "no images in .*none.zip",
         "secret.zip": "it is encrypted",
     }.items():  # fmt: skip
