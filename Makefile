@@ -10,7 +10,6 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,mpi]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'torch-fidelity==0.4.0'
-	-$(BIN)/pip install --quiet 'lmdb>=1.4' # LSUN's format: without it its tests are passed over
 	touch $@
 
 toy: .venv/installed
