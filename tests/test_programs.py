@@ -474,14 +474,14 @@ def floats(monkeypatch):
     """The samples [N,C,H,W] of each program that runs, before they become bytes."""
     seen = []
 
-    def watched(stream, store):
+    def watched(stream, store, *more):
         def copied():
             for indices, x, y in stream:
                 parts.append(x)
                 yield indices, x, y
 
         parts = []
-        drain(copied(), store)
+        drain(copied(), store, *more)
         seen.append(th.cat(parts))
 
     drain = program.drain
@@ -699,7 +699,7 @@ BAD = [
     (f"{IMAGE_TRAIN} --data_dir {{bad}}/nowhere", "data_dir .*bad/nowhere does not exist"),
     (f"{IMAGE_TRAIN} --data_dir {{bad}}/empty", r"no images in .*bad/empty.*\*\.jpg.*\*\.png"),
     (f"image_train {NET}", "pass --data_dir"),
-    (f"{IMAGE_TRAIN} --data_dir {{bad}}/file", "bad/file is neither a folder nor an npz"),
+    (f"{IMAGE_TRAIN} --data_dir {{bad}}/file", "bad/file is not a folder, an npz"),
     (f"{CLASSIFIER_TRAIN} --val_data_dir {{bad}}/nowhere", "data_dir .*bad/nowhere does not exist"),
     (f"{IMAGE_TRAIN} --data_dir {{bad}}/few", "holds 5 images.*no batch of 8.*batch_size from 1 to 5"),
     (f"{CLASSIFIER_TRAIN} --val_data_dir {{bad}}/few", "bad/few holds 5 images.*batch_size from 1 to 5"),
@@ -930,6 +930,17 @@ def test_bf16_from_training_to_samples(pets, cond, tmp_path):
     refused("image_sample", f"--model_path {model_of(cond)} --precision bf16 --use_fp16 True --log_dir {tmp_path}",
             "--precision bf16 and --use_fp16 True are two precisions: drop --use_fp16")  # fmt: skip
     refused("image_train", f"{words} --sharding fsdp --log_dir {tmp_path}/b", "fp32, fsdp; not fsdp in bf16")
+
+
+def test_a_run_in_fp16_goes_on_in_bf16(pets, tmp_path, monkeypatch):
+    words = f"--data_dir {pets}/train {NET} {TRAIN} --log_dir {tmp_path}/model"
+    done("image_train", f"{words} --use_fp16 True --iterations 1")
+    assert checkpoint.read_config(model_of(tmp_path / "model"))["flags"]["use_fp16"] is True
+    loops = []
+    monkeypatch.setattr(train_util.Trainer, "run_loop", lambda self: loops.append(self))
+    for precision in ("bf16", "fp32"):
+        done("image_train", f"{words} --precision {precision} --iterations 2")
+    assert [loop.mp_trainer.model.dtype for loop in loops] == [th.bfloat16, th.float32]
 
 
 def test_a_precision_that_is_slow_here_is_said(pets, tmp_path, monkeypatch):
