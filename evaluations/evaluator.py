@@ -30,6 +30,7 @@ from evaluations import (
 )
 from evaluations.cache import Cache
 from evaluations.features import DTYPES, OPTIONS, InceptionExtractor, identity_of, make_extractor
+from evaluations.per_class import no_labels
 from evaluations.per_class import per_class as scores_by_class
 from evaluations.protocol import Settings
 from evaluations.sources import ImageSet
@@ -174,12 +175,12 @@ def evaluate(
     :param device: of the distances.
     :raises FileNotFoundError, ValueError: for input that has no scores, naming the file.
     """
+    settings, channels = settings or Settings(), getattr(extractor, "channels", 3)
+    reference, source = (_opened(reference_files.find(each), channels) for each in (reference, sample))
+    _check_sample(source, extractor, settings)
+    if per_class:
+        _check_classes(reference, source)
     scorer = Scorer(reference, extractor, batch_size, progress, settings, cache, ranks, device)
-    source = _opened(reference_files.find(sample), getattr(extractor, "channels", 3))
-    if source.count == 0:
-        raise ValueError(f"{source.name} has no array arr_0: save the images as np.savez(path, images)")
-    if source.label_problem and extractor.name != InceptionExtractor.name:
-        raise ValueError(source.label_problem)
     return scorer.scores(source, scorer.look_at(source, "sample features"), parts, per_class, with_errors)
 
 
@@ -200,6 +201,25 @@ def _opened(given, channels, image_size=None):
     source = sources.open_source(given, channels, image_size)
     source.check()
     return source
+
+
+def _check_sample(source, extractor, settings):
+    """Raise ValueError for samples that will have no scores, before the network looks at the reference."""
+    if source.count == 0:
+        raise ValueError(f"{source.name} has no array arr_0: save the images as np.savez(path, images)")
+    if source.label_problem and extractor.name != InceptionExtractor.name:
+        raise ValueError(source.label_problem)
+    if source.count is not None and source.count <= settings.k:
+        raise _too_few(f"{source.name}, arr_0", source.count, settings.k)
+
+
+def _check_classes(reference, sample):
+    """Raise ValueError where it is known beforehand that there are no scores of each class."""
+    if reference.count == 0:
+        raise ValueError(f"{reference.name} holds no images: the scores of each class need them")
+    for whose, source in (("reference", reference), ("sample", sample)):
+        if source.count is not None and source.labels is None:
+            raise no_labels(whose)
 
 
 class Scorer:
@@ -290,8 +310,6 @@ class Scorer:
                                 classes=labels, parts=parts, leave=stored, **asked, **how)  # fmt: skip
 
     def _of_classes(self, whole, labels):
-        if whole[0] is None:
-            raise ValueError(f"{self.reference.name} holds no images: the scores of each class need them")
         agreement = self.extractor.name != InceptionExtractor.name
         return scores_by_class(*(each.features for each in whole), *labels, self.settings.k, agreement)
 

@@ -36,9 +36,14 @@ def per_class(reference, sample, reference_labels, sample_labels, k=3, agreement
     return told
 
 
+def no_labels(what):
+    """The error of a set without labels."""
+    return ValueError(f"the {what} has no labels (arr_1), and scores of each class need them in both sets")
+
+
 def _checked(what, labels, features):
     if labels is None:
-        raise ValueError(f"the {what} has no labels (arr_1), and scores of each class need them in both sets")
+        raise no_labels(what)
     labels = np.asarray(labels)
     if labels.shape != (len(features.pool),) or labels.dtype.kind not in "iu":
         raise ValueError(

@@ -212,8 +212,12 @@ def open_images(args, flags, labelled):
 
 
 def precision_of(args, flags, name):
-    """The precision of a network to train, by --precision or its flag `name`; said if it is slow here."""
-    precision = config.precision_of(args.precision, flags[name], name)
+    """
+    The precision of a network to train, by --precision or its flag `name`, which counts beside that only if typed and
+    not of the run that is gone on with; said if it is slow here.
+    """
+    counts = name in args.explicit or not args.precision
+    precision = config.precision_of(args.precision, flags[name] and counts, name)
     if precision != "fp32":
         rate = {each: convolution_rate(PRECISIONS[each], dist_util.dev()) for each in ("fp32", precision)}
         if rate[precision] < 0.8 * rate["fp32"]:
@@ -406,7 +410,7 @@ def walk_of(args):
 
 def worse_model(args, flags):
     """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
-    explicit = {"timestep_respacing": flags["timestep_respacing"]}
+    explicit = {"timestep_respacing": flags["timestep_respacing"], "precision": args.precision}
     opened = open_super_res if "large_size" in flags else open_diffusion
     network, diffusion, its_flags = opened(args.guide_path, explicit, dist_util.dev())
     names = "image_size large_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"

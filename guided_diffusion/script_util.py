@@ -370,9 +370,10 @@ def _open(path, kind, fp16, explicit, device):
     place = torch.device(device).type
     state = checkpoint.load(path, "meta" if place == "meta" else "cpu")
     flags = identify(path, kind, state, explicit, explicit.get("preset", ""))
-    if place == "cpu" and fp16 not in explicit:
+    typed = explicit.get("precision", "")
+    if fp16 not in explicit and (typed or place == "cpu"):  # what is typed wins over what the file was trained in
         flags[fp16] = False
-    precision = config.precision_of(explicit.get("precision", ""), flags[fp16], fp16)
+    precision = config.precision_of(typed, flags[fp16], fp16)
     with torch.device("meta"):  # nothing is drawn that the file is to replace
         network = build(kind, flags)
     recognition.load_weights(network, state, path=path, flags=flags)

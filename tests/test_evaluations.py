@@ -586,8 +586,23 @@ def test_the_program_refuses_bad_files_in_one_line(files, tmp_path, monkeypatch,
     monkeypatch.setattr(evaluator, "make_extractor", lambda *_, **options: FirstPixels("classifier.pt"))
     np.savez(tmp_path / "bad.npz", **arrays)
     assert evaluator.main([str(files[0]), str(tmp_path / "bad.npz")]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if "error" in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert "features" not in said  # the network has looked at nothing
+
+
+def test_scores_of_classes_without_labels_are_refused_before_the_network_looks(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluator, "make_extractor", lambda *_, **options: FirstPixels("classifier.pt"))
+    np.savez(tmp_path / "bare.npz", REFERENCE)
+    np.savez(tmp_path / "labelled.npz", REFERENCE, np.arange(30) % 2)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    for pair, told in ((("bare", "labelled"), "the reference has no labels (arr_1)"),
+                       (("labelled", "bare"), "the sample has no labels (arr_1)"),
+                       (("stats", "labelled"), "stats.npz holds no images: the scores of each class")):  # fmt: skip
+        assert evaluator.main([*(str(tmp_path / f"{name}.npz") for name in pair), "--per_class"]) == 2
+        said = capsys.readouterr().err
+        assert told in said and "features" not in said
 
 
 @pytest.mark.parametrize("content", [None, b"text", b"PK\x03\x04", "npy", "damaged array", "damaged directory"])

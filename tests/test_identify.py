@@ -107,6 +107,11 @@ def test_half_precision_of_a_published_model(tmp_path):
     assert (flags["use_fp16"], model.dtype) == (True, torch.float16)  # as its README samples
     state = checkpoint.load(path)
     assert identify.identify(path, "diffusion", state)["use_fp16"] is True
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):  # typed wins
+        model, _, flags = script_util.open_diffusion(path, {"precision": precision}, device="meta")
+        assert (model.dtype, flags["use_fp16"]) == (dtype, False)
+    with pytest.raises(ValueError, match="--precision bf16 and --use_fp16 True are two precisions"):
+        script_util.open_diffusion(path, {"precision": "bf16", "use_fp16": True}, device="meta")
 
 
 # ------------------------------------------------------------------------------------------ --preset and typed flags

@@ -932,6 +932,17 @@ def test_bf16_from_training_to_samples(pets, cond, tmp_path):
     refused("image_train", f"{words} --sharding fsdp --log_dir {tmp_path}/b", "fp32, fsdp; not fsdp in bf16")
 
 
+def test_a_run_in_fp16_goes_on_in_bf16(pets, tmp_path, monkeypatch):
+    words = f"--data_dir {pets}/train {NET} {TRAIN} --log_dir {tmp_path}/model"
+    done("image_train", f"{words} --use_fp16 True --iterations 1")
+    assert checkpoint.read_config(model_of(tmp_path / "model"))["flags"]["use_fp16"] is True
+    loops = []
+    monkeypatch.setattr(train_util.Trainer, "run_loop", lambda self: loops.append(self))
+    for precision in ("bf16", "fp32"):
+        done("image_train", f"{words} --precision {precision} --iterations 2")
+    assert [loop.mp_trainer.model.dtype for loop in loops] == [th.bfloat16, th.float32]
+
+
 def test_a_precision_that_is_slow_here_is_said(pets, tmp_path, monkeypatch):
     words = f"--data_dir {pets}/train {NET} {TRAIN} --iterations 1"
     for rate, said in ((1.0, True), (8.0, False)):
