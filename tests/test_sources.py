@@ -119,6 +119,14 @@ def test_a_wrapped_archive_has_its_classes_below_the_wrapping(tmp_path):
         read(zipped(tmp_path / "data", tmp_path / "one.zip"), class_cond=True)
 
 
+def test_pictures_come_folder_by_folder(tmp_path):
+    for number, name in enumerate(["sub.png", "sub/z.png", "sub-1.png"]):
+        save(tmp_path / "data" / name, lopsided(number))
+    data = tmp_path / "data"
+    for path in (data, zipped(data, tmp_path / "x.zip"), tarred(data, tmp_path / "x.tar")):
+        assert read(path)[0] == [1, 2, 0]
+
+
 def test_imagenets_tar_of_tars_is_read_as_it_is(tmp_path):
     with tarfile.open(tmp_path / "train.tar", "w") as outer:
         for first, wnid in enumerate(["n02", "n01"]):
@@ -527,7 +535,11 @@ def test_lmdb(lsun, num_workers):
 def test_one_lmdb_is_read_by_two_streams_and_their_workers(lsun):
     first, second = grey(lsun, 1, deterministic=True), grey(lsun, 1, deterministic=True)
     assert [numbers(next(stream)[0]) for stream in (first, second, first)] == [[1], [1], [2]]
-    assert read(lsun, num_workers=1)[0] == [1, 2, 0]  # processes that were made while it was open
+    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(len(archives._bases)))
+    child.start()
+    child.join()
+    assert child.exitcode == 0  # it inherits none
+    assert read(lsun, num_workers=1)[0] == [1, 2, 0]
     assert numbers(next(second)[0]) == [2]
 
 
