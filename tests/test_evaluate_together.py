@@ -119,7 +119,7 @@ def test_samples_are_scored_as_they_come_as_their_file_is(networks):
             said = launch(processes, f"scripts/{name}.py", *words, cwd=networks)
             assert said.count("FID:") == 1
             results.append(json.loads((out / "scores.json").read_text()))
-            assert len(list(out.glob("samples_*"))) == keep
+            assert len(list(out.glob("samples_*"))) == 2 * keep  # the npz and its plan
         file = next((networks / f"{name}_1").glob("samples_*.npz"))
         os.chdir(networks)
         from_file = evaluator.evaluate("reference.npz", file, make_extractor(extractor))
