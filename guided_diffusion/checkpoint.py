@@ -208,6 +208,8 @@ def _why_unreadable(path, error):
             f"refused {path}: it asks for {asked[1]}, which is neither a tensor nor a plain value and could run code;"
             " nothing in it was executed"
         )
+    if "legacy .tar" in str(error):  # torch would have it unpickled after all
+        return f"{path} is not a checkpoint, or an incomplete one (a tar, as of torch before 1.0)"
     reason = {RuntimeError: _first_line(error), EOFError: "it ends too early"}.get(type(error), "unknown content")
     return f"{path} is not a checkpoint, or an incomplete one ({reason})"
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
 
@@ -306,3 +307,11 @@ def test_config_that_cannot_be_read(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         checkpoint.read_config(tmp_path / "model000001.pt")
+
+
+def test_a_tar_is_refused_without_the_advice_to_run_it(tmp_path):
+    with tarfile.open(tmp_path / "x.pt", "w") as archive:
+        archive.add(__file__, "a.py")
+    with pytest.raises(ValueError, match=r"x.pt is not a checkpoint, or an incomplete one \(a tar") as error:
+        checkpoint.load(tmp_path / "x.pt")
+    assert "arbitrary" not in str(error.value)
