@@ -124,9 +124,6 @@ def run(args):
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     make = functools.partial(extractor_of, args, device)
     sets, extractor = open_sets((args.reference, args.sample), make, ranks, args.image_size)
-    for each in sets if args.per_class else ():
-        if each.labels is None:
-            raise ValueError(f"--per_class: {each.name} has no labels (arr_1), which both sets need")
     parts, how = {}, {"per_class": args.per_class, "with_errors": not args.no_errors}
     scores = evaluate(*sets, extractor, args.batch_size, True, settings, args.cache, ranks, device, parts, **how)
     if scores:
