@@ -216,7 +216,7 @@ def _check_classes(reference, sample):
         raise ValueError(f"{reference.name} holds no images: the scores of each class need them")
     for whose, source in (("reference", reference), ("sample", sample)):
         if source.count is not None and source.labels is None:
-            raise no_labels(whose)
+            raise no_labels(f"{whose} {source.name}")
 
 
 class Scorer:

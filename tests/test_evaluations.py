@@ -597,8 +597,8 @@ def test_scores_of_classes_without_labels_are_refused_before_the_network_looks(f
     np.savez(tmp_path / "bare.npz", REFERENCE)
     np.savez(tmp_path / "labelled.npz", REFERENCE, np.arange(30) % 2)
     np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
-    for pair, told in ((("bare", "labelled"), "the reference has no labels (arr_1)"),
-                       (("labelled", "bare"), "the sample has no labels (arr_1)"),
+    for pair, told in ((("bare", "labelled"), "bare.npz has no labels (arr_1)"),
+                       (("labelled", "bare"), "bare.npz has no labels (arr_1)"),
                        (("stats", "labelled"), "stats.npz holds no images: the scores of each class")):  # fmt: skip
         assert evaluator.main([*(str(tmp_path / f"{name}.npz") for name in pair), "--per_class"]) == 2
         said = capsys.readouterr().err
