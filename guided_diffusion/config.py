@@ -989,6 +989,8 @@ def check_guidance(args, flags):
     for name in ("guidance_rescale", "guidance_projected", "dynamic_threshold"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(args, name)}")
+    if args.guide_path and not args.guidance_batched:
+        raise ValueError("--guidance_batched False: the model and that of --guide_path run in turn anyway: drop it")
     if args.guidance_rescale and args.guidance_projected != 1:
         raise ValueError(
             f"--guidance_rescale {args.guidance_rescale} and --guidance_projected {args.guidance_projected} are two"

@@ -671,6 +671,7 @@ def test_a_model_without_config_tells_what_it_lacks(home, tmp_path):
     ("--guidance_scale 0", "plain", "cannot predict without a condition"),
     ("--guidance_scale 2 --guidance_rescale 1.5", "free", "share from 0 to 1, not 1.5"),
     ("--guidance_rescale 0.5", "free", "--guidance_rescale has no effect at --guidance_scale 1"),
+    ("--guidance_scale 2 --guide_path other.pt --guidance_batched False", "free", "run in turn anyway: drop it"),
     ("--guide_path {free}", "free", "--guide_path has no effect at --guidance_scale 1"),
     ("--guidance_scale 2 --guide_path {free}x", "free", "no checkpoint .*did you mean"),
     ("--guidance_scale 2 --guide_path {small}", "free", "model has noise_schedule cosine and .* has linear"),
