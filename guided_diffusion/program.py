@@ -154,7 +154,7 @@ def begin_run(args, folder, kind, flags, data, **extra):
 
 
 def open_data(args, flags, data_dir, **how):
-    """The stream of training images that a program's options ask for, and a line of the log that says what it is."""
+    """The stream of images that a program's options ask for, and a line of the log that says what it is."""
     data = load_data(
         data_dir=data_dir,
         batch_size=args.batch_size,
@@ -162,7 +162,7 @@ def open_data(args, flags, data_dir, **how):
         image_channels=flags["image_channels"],
         num_classes=flags["num_classes"],
         num_workers=args.num_workers,
-        skip_bad_images=args.skip_bad_images,
+        skip_bad_images=getattr(args, "skip_bad_images", False),  # who counts each image once has no such option
         label_from=args.label_from,
         background=args.background,
         seed=args.seed,

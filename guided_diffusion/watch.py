@@ -4,7 +4,7 @@ import os
 
 import torch as th
 
-from . import checkpoint, config, dist_util, generate, logger, pictures
+from . import config, dist_util, generate, logger, pictures
 
 COLUMNS, ROWS = 8, 4
 
@@ -54,14 +54,11 @@ class Watch:
         images = self.samples(trainer, COLUMNS * ROWS)
         if images is not None:
             path = os.path.join(self.folder, f"samples_at_{trainer.step:06d}.png")
-            checkpoint.check_writable(self.folder)
             pictures.save_grid(path, images, COLUMNS, title=f"{trainer.step} updates")
             logger.logimage("samples", path, trainer.step)
 
     def score(self, trainer, count, scores):
-        """
-        Put what `scores(images)`, a dict, says of `count` samples into the next row of the log.
-        """
+        """Put what `scores(images)`, a dict, says of `count` samples into the next row of the log."""
         images = self.samples(trainer, count)
         if images is not None:
             logger.logkvs(scores(images))

@@ -8,7 +8,6 @@ import numpy as np
 from guided_diffusion import checkpoint, config, dist_util, logger, losses, pictures, program
 from guided_diffusion.config import DiffusionOptions, ModelOptions, NLLOptions, RunOptions
 from guided_diffusion.generate import progress_bar
-from guided_diffusion.image_datasets import load_data
 from guided_diffusion.sampling import SeededNoise
 from guided_diffusion.script_util import open_diffusion
 
@@ -21,27 +20,12 @@ def main():
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)
-    data = load_data(
-        data_dir=args.data_dir,
-        batch_size=args.batch_size,
-        image_size=config.size_of(flags),
-        image_channels=flags["image_channels"],
-        class_cond=flags["class_cond"],
-        num_classes=flags["num_classes"],
-        class_names=program.class_names(args.model_path),
-        vector_channels=flags["vector_channels"],
-        deterministic=True,
-        random_flip=False,
-        num_workers=args.num_workers,
-        label_from=args.label_from,
-        background=args.background,
-        seed=args.seed,
-        rank=dist_util.rank(),
-        num_ranks=dist_util.world_size(),
-        once=True,
-    )
+    data = program.open_data(
+        args, flags, args.data_dir, class_cond=flags["class_cond"], class_names=program.class_names(args.model_path),
+        vector_channels=flags["vector_channels"], deterministic=True, random_flip=False, once=True,
+    )  # fmt: skip
     count = min(args.num_samples, data.num_images)
-    logger.log(f"{count} of the {data.num_images} images in {args.data_dir}")
+    logger.log(f"{count} of the {data.num_images} images are scored")
     found = run_bpd_evaluation(model, diffusion, data, count, args.clip_denoised, seed=args.seed)
     if dist_util.is_main():
         write(folder, found, args)

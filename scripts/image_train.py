@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from guided_diffusion import config, dist_util, pictures, program
+from guided_diffusion import config, dist_util, logger, pictures, program
 from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions, WatchOptions
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -32,7 +32,7 @@ def main():
         val_data=program.open_validation_data(args, flags, flags["class_cond"], data.class_names),
         lr_anneal_steps=args.lr_anneal_steps,
         drop=program.dropping(flags),
-        watchers=watchers(args, flags, diffusion, folder, data.class_names),
+        watchers=watchers(args, flags, diffusion, data.class_names),
         **program.loop_options(args, flags),
     )
     texts = {"text_encoder": data.text_encoder} if data.text_encoder else {}
@@ -40,10 +40,10 @@ def main():
     loop.run_loop()
 
 
-def watchers(args, flags, diffusion, folder, names):
+def watchers(args, flags, diffusion, names):
     """What WatchOptions ask for, as `Trainer` takes it."""
     how = {"num_classes": len(names or []), "steps": args.sample_steps, "batch_size": args.batch_size}
-    watch = Watch(diffusion, flags, args.log_dir or folder, seed=args.seed, **how)
+    watch = Watch(diffusion, flags, logger.get_dir(), seed=args.seed, **how)
     found = [(args.sample_interval, watch.picture)] if args.sample_interval else []
     if args.eval_every:
         made = []  # on the first process, which alone looks at images

@@ -70,7 +70,7 @@ def test_the_average_is_over_each_image_once_whatever_the_batch(batch, home, exp
 
 def test_fewer_images_than_there_are(home, expected, tmp_path):
     said = done("image_nll", words(home, tmp_path, "--num_samples 5 --batch_size 3")).out
-    assert f"5 of the {COUNT} images" in said
+    assert f"5 of the {COUNT} images are scored" in said
     assert written(tmp_path)[0]["bits_per_dim"] == pytest.approx(expected["total_bpd"][:5].mean().item(), abs=1e-4)
 
 
