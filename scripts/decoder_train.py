@@ -1,0 +1,46 @@
+"""Train the decoder, which draws pictures of CLIP embeddings and captions, on an npz of captioned images."""
+
+from guided_diffusion import config, ema, program
+from guided_diffusion.config import DecoderOptions, DecoderProcessOptions, DecoderTrainOptions, PictureOptions, RunOptions
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import process_of
+from guided_diffusion.text_to_image import decoder, models, training
+from guided_diffusion.train_util import DiffusionTask, Trainer
+
+
+def main():
+    args = config.parse(
+        __doc__, DecoderTrainOptions, PictureOptions, DecoderOptions, DecoderProcessOptions, RunOptions
+    )
+    drop = decoder.dropping(args.embedding_dropout, args.caption_dropout)
+    device, folder = program.start(args)
+    flags = program.network_flags(args, folder, "decoder", DecoderOptions, DecoderProcessOptions)
+    clip, clip_flags, told = training.clip_of(args, device)
+    training.check_images(flags, clip_flags)
+    flags |= models.clip_sizes(clip)
+    diffusion = process_of(flags)
+    data = program.open_training_data(args, flags, False, captions=True)
+    held_out = program.open_validation_data(args, flags, False, None, captions=True)
+    task = DiffusionTask(
+        models.create_decoder(flags).to(device), diffusion,
+        create_named_schedule_sampler(args.schedule_sampler, diffusion),
+    )  # fmt: skip
+    loop = Trainer(
+        task,
+        training.with_embeddings(data, clip, flags["context_length"]),
+        val_data=held_out and training.with_embeddings(held_out, clip, flags["context_length"]),
+        averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
+        lr_anneal_steps=args.lr_anneal_steps,
+        precision=program.precision_of(args, flags, "use_fp16"),
+        fp16_scale_growth=args.fp16_scale_growth,
+        drop=drop,
+        watchers=training.picture_watchers(args, flags, diffusion, clip),
+        **program.loop_options(args, flags),
+    )
+    dropped = {"embedding": args.embedding_dropout, "caption": args.caption_dropout}
+    program.begin_run(args, folder, "decoder", flags, data, clip=told, dropped=dropped)
+    loop.run_loop()
+
+
+if __name__ == "__main__":
+    program.run(main)
