@@ -75,7 +75,7 @@ def captioned(source, image_size, image_channels):
 
 
 def vectors_of(texts, encoder, path):
-    """float32 [N,M,D] for texts [N,M]: each text encoded once, or those of a file; ValueError if it does not fit."""
+    """float32 [N,M,D] for texts [N,M]: each encoded once, or those of a file, which must fit, else ValueError."""
     if path:
         vectors = text.read_vectors(path)
         if vectors.shape[:-1] not in (texts.shape, texts.shape[:1]):
@@ -96,7 +96,7 @@ def write_captions(source, out, image_size, image_channels=3, templates=None, ho
     :param vectors: npy file of the texts' vectors, in the order of `texts` as an earlier run wrote them, or None.
     :raises ValueError, OSError: for a source, templates, vectors or an encoder that cannot be used.
     """
-    arrays = {"text_encoder": np.array(text.PRECOMPUTED if vectors else encoder)}
+    arrays = {}
     given = captioned(source, image_size, image_channels) if source.endswith(".npz") and Path(source).exists() else None
     if given:
         arrays["arr_0"], texts = given
@@ -112,7 +112,10 @@ def write_captions(source, out, image_size, image_channels=3, templates=None, ho
         apart = [(fill(template, name), y) for template in hold_out for y, name in enumerate(names)]
         arrays |= {"arr_1": labels, "class_names": np.array(names)}
         arrays |= {"held_out": np.array([t for t, _ in apart]), "held_out_labels": np.array([y for _, y in apart])}
-    arrays |= {"texts": texts, "vectors": vectors_of(texts, encoder, vectors)}
+    arrays["texts"] = texts
+    if vectors or encoder != "none":
+        arrays["text_encoder"] = np.array(text.PRECOMPUTED if vectors else encoder)
+        arrays["vectors"] = vectors_of(texts, encoder, vectors)
     with checkpoint.writing(out) as file:
         np.savez_compressed(file, **arrays)
     return texts
@@ -126,7 +129,10 @@ def main():
     parser.add_argument("--image_channels", type=int, default=3, help="1 grey, 3 colour, 4 with alpha (default: 3)")
     parser.add_argument("--templates", nargs="+", help="phrasings, as 'a picture of a {class}' (default: usual ones)")
     parser.add_argument("--hold_out", nargs="*", help="phrasings to keep apart for trying the model")
-    parser.add_argument("--encoder", default="hashing:512", help="text encoder and width (default: hashing:512)")
+    parser.add_argument(
+        "--encoder", default="hashing:512",
+        help="text encoder and width; none: no vectors, for CLIP, which reads texts (default: hashing:512)",
+    )  # fmt: skip
     parser.add_argument("--vectors", help="npy file of the vectors of the texts, computed elsewhere, as by CLIP")
     args = parser.parse_args()
     texts = write_captions(**vars(args))

@@ -393,12 +393,19 @@ class TrainOptions(_Training):
 
 
 @dataclass
-class WatchOptions:
+class PictureOptions:
     """watching"""
 
     sample_interval: int = option(
         0, "updates between two pictures of samples, drawn with the first of the averaged weights; 0: none"
     )
+    sample_steps: int = option(50, "steps of DDIM for these samples")
+
+
+@dataclass
+class WatchOptions(PictureOptions):
+    """watching"""
+
     eval_every: int = option(
         0,
         "updates between two Frechet distances of such samples to the held-out images, or else the training images, in"
@@ -408,7 +415,6 @@ class WatchOptions:
     eval_extractor: str = option(
         "inception", "whose features --eval_every compares: inception, or the checkpoint of a classifier of such images"
     )
-    sample_steps: int = option(50, "steps of DDIM for these samples")
 
 
 @dataclass
@@ -990,11 +996,11 @@ def side_of(flags):
 
 
 def check_watching(args):
-    """Raise ValueError if WatchOptions are out of range, or cannot be had with the other options."""
+    """Raise ValueError if WatchOptions, or PictureOptions, are out of range or contradict the other options."""
     for name, least in (("sample_interval", 0), ("eval_every", 0), ("eval_samples", 2), ("sample_steps", 1)):
-        if getattr(args, name) < least:
+        if getattr(args, name, least) < least:
             raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
-    if args.sharding != "none" and (args.sample_interval or args.eval_every):
+    if args.sharding != "none" and (args.sample_interval or getattr(args, "eval_every", 0)):
         raise ValueError("--sample_interval and --eval_every draw with a whole network: not with --sharding fsdp")
 
 

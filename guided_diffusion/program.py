@@ -18,6 +18,8 @@ from .pace import convolution_rate
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
 
+PATHS = "model_path classifier_path guide_path resume_checkpoint clip_path prior_path super_res_path".split()
+
 
 def start(args, *settled_later):
     """
@@ -30,7 +32,7 @@ def start(args, *settled_later):
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)
-    for name in vars(args).keys() & {"model_path", "classifier_path", "guide_path", "resume_checkpoint"}:
+    for name in vars(args).keys() & set(PATHS):
         paths = getattr(args, name)
         found = [published.locate(path) for path in (paths.split(",") if name == "classifier_path" else [paths])]
         setattr(args, name, ",".join(found))
@@ -439,30 +441,34 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     labels, vectors = config.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
     given = {} if vectors is None else {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
     how = {"labels": labels, "num_classes": num_classes, "given": given}
-    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, through, **how)
+    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, through, prompts=args.prompts, **how)
     finish(args, store, names, args.prompts)
 
 
-def finish(args, store, names=None, prompts=()):
+def finish(args, store, names=None, prompts=(), ways=()):
     """
     Make of the samples of a SampleStore, or None, what the options ask for, and a picture of some. Collective.
 
     :param names: of their classes, or None.
     :param prompts: texts that they were drawn for in turn.
+    :param ways: names of ways that they lie on, as many on each; the picture has a row for each.
     """
     if dist_util.is_main() and store and not store.finished:
-        labels, more = store.labels, {}
-        if prompts:
+        labels, more, columns = store.labels, {}, 8
+        if ways:
+            columns = -(-len(store.images) // len(ways))
+            names, labels = list(ways), np.arange(len(store.images)) // columns
+        elif prompts:
             names, labels = list(prompts), np.arange(len(store.images)) % len(prompts)
             more["texts"] = np.array(names)[labels]
         if args.grid:
-            save_class_grid(f"{store.path}.png", store.images, labels, names)
-        store.finish(None if prompts else names, **more)
+            save_class_grid(f"{store.path}.png", store.images, labels, names, columns)
+        store.finish(None if prompts or ways else names, **more)
         logger.log(f"samples: {', '.join(map(store.path_of, store.kinds))}")
     dist_util.barrier()
 
 
-def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, null=None, **how):
+def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, null=None, prompts=(), **how):
     """
     Draw `count` samples as the options of sampling say, by all processes, beginning where a run that was broken off
     stopped. Returns their SampleStore, `finished` if there was nothing left to do; None with --save_samples False.
@@ -470,6 +476,7 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     :param cond_fn: see `steer_of`.
     :param through: see `write_samples`.
     :param null: see `guide_of`.
+    :param prompts: texts that the samples are drawn for in turn, to name them in the pictures of --frames.
     :param how: what each sample is conditioned on, as `sample_stream` takes it.
     """
     config.check_counts(args)
@@ -516,5 +523,6 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     drain(stream, store, through, args.batch_size)
     if args.frames and dist_util.is_main():
         name = store.path if store else os.path.join(folder, "samples")
-        save_frames(name, diffusion, model, min(count, 8), args.frames, **how)
+        rows = min(count, len(prompts) or 8, 16)
+        save_frames(name, diffusion, model, rows, args.frames, list(prompts[:rows]) or None, **how)
     return store

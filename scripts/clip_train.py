@@ -18,8 +18,8 @@ def main():
     held_out = program.open_validation_data(args, flags, False, None, captions=True)
     loop = Trainer(
         ClipTask(clip, args.crop_padding),
-        training.captioned(data, flags["context_length"]),
-        val_data=held_out and training.captioned(held_out, flags["context_length"]),
+        with_captions(data, flags["context_length"]),
+        val_data=held_out and with_captions(held_out, flags["context_length"]),
         averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
         lr_anneal_steps=args.lr_anneal_steps,
         watchers=training.zero_shot_watchers(args, flags),

@@ -1,10 +1,17 @@
 """Train the decoder, which draws pictures of CLIP embeddings and captions, on an npz of captioned images."""
 
 from guided_diffusion import config, ema, program
-from guided_diffusion.config import DecoderOptions, DecoderProcessOptions, DecoderTrainOptions, PictureOptions, RunOptions
+from guided_diffusion.config import (
+    DecoderOptions,
+    DecoderProcessOptions,
+    DecoderTrainOptions,
+    PictureOptions,
+    RunOptions,
+)
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import process_of
 from guided_diffusion.text_to_image import decoder, models, training
+from guided_diffusion.text_to_image.tasks import with_embeddings
 from guided_diffusion.train_util import DiffusionTask, Trainer
 
 
@@ -21,14 +28,11 @@ def main():
     diffusion = process_of(flags)
     data = program.open_training_data(args, flags, False, captions=True)
     held_out = program.open_validation_data(args, flags, False, None, captions=True)
-    task = DiffusionTask(
-        models.create_decoder(flags).to(device), diffusion,
-        create_named_schedule_sampler(args.schedule_sampler, diffusion),
-    )  # fmt: skip
+    sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     loop = Trainer(
-        task,
-        training.with_embeddings(data, clip, flags["context_length"]),
-        val_data=held_out and training.with_embeddings(held_out, clip, flags["context_length"]),
+        DiffusionTask(models.create_decoder(flags).to(device), diffusion, sampler),
+        with_embeddings(data, clip, flags["context_length"]),
+        val_data=held_out and with_embeddings(held_out, clip, flags["context_length"]),
         averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
         lr_anneal_steps=args.lr_anneal_steps,
         precision=program.precision_of(args, flags, "use_fp16"),

@@ -23,11 +23,9 @@ def main():
     diffusion = process_of(flags)
     data = program.open_training_data(args, clip_flags, False, captions=True)
     held_out = program.open_validation_data(args, clip_flags, False, None, captions=True)
-    task = DiffusionTask(
-        models.create_prior(flags).to(device), diffusion, create_named_schedule_sampler(args.schedule_sampler, diffusion)
-    )
+    sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     loop = Trainer(
-        task,
+        DiffusionTask(models.create_prior(flags).to(device), diffusion, sampler),
         embedded(data, clip),
         val_data=held_out and embedded(held_out, clip),
         averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),

@@ -133,3 +133,8 @@ def check_clip(clip, clip_path, path, force=False):
             f"{path} was trained with another CLIP than {clip_path}, with {known['path']}: give that one by --clip_path"
             " (or --force True to try this one)"
         )
+
+
+def dropped(path):
+    """{"embedding": rate, "caption": rate} of what was dropped in training, as far as config.json tells."""
+    return (checkpoint.read_config(path) or {}).get("dropped", {})

@@ -19,8 +19,8 @@ class TextEmbeddings:
     """
     CLIP embeddings of pictures of the prompts, drawn by the prior: `(indices) -> [n,D]`, unit.
 
-    Each sample has candidates of its own, and keeps the one nearest to the text (arXiv 2204.06125, section 2.2). What it
-    gets is a function of the seed, its index and its prompt.
+    Each sample has candidates of its own, and keeps the one nearest to the text (arXiv 2204.06125, section 2.2). What
+    it gets is a function of the seed, its index and its prompt.
 
     :param clip: its CLIP, or any with `text_encode`.
     :param prior: the network, and `diffusion` its process, with the rows that are walked; None: the embeddings of the

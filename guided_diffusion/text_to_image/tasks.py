@@ -4,10 +4,10 @@ import torch as th
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .. import dist_util
+from .. import dist_util, logger
 from .clip import contrast
 from .prior import as_data
-from .tokenizer import tokenize
+from .tokenizer import cut, tokenize
 
 MANY_TEXTS = 4096  # from so many different captions on they are encoded batch by batch, not all beforehand
 
@@ -89,6 +89,7 @@ class Mapped:
 
 def with_captions(data, length):
     """A stream with "text", numbers of `data.texts`, as one with "caption", their tokens [N,length]."""
+    warn_of_cuts(data.texts, length)
     table = tokenize(data.texts, length)[0].to(th.uint8)                          # [T,L]
     return Mapped(data, lambda x, cond: (x, _without_text(cond) | {"caption": table[cond["text"]].long()}))
 
@@ -104,12 +105,23 @@ def with_embeddings(data, clip, length):
 
 def embedded(data, clip):
     """A stream of embeddings of pictures [N,D] with their encoded captions as conditions; for the prior."""
+    warn_of_cuts(data.texts, clip.length)
     encode = Captions(clip, data.texts)
 
     def both(x, cond):
         return _frozen(lambda: as_data(clip.image_embed(x.to(clip.device)))), encode(cond["text"])
 
     return Mapped(data, both)
+
+
+def warn_of_cuts(texts, length):
+    """Warn of texts too long for so many tokens, and of what becomes of the first of them."""
+    short = [text for text in texts if len(cut(text, length)) < len(text)]
+    if short:
+        logger.warn(
+            f"{len(short)} of {len(texts)} texts are longer than {length} tokens and are cut; the first to"
+            f" {cut(short[0], length)!r} (--context_length of the training)"
+        )
 
 
 class Captions:

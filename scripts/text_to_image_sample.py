@@ -1,0 +1,34 @@
+"""Draw pictures of texts: the prior draws the CLIP embedding of a picture, the decoder the picture of an embedding."""
+
+from evaluations.sampled import scored
+from guided_diffusion import config, program
+from guided_diffusion.config import DecoderProcessOptions, EvaluateOptions, RunOptions, TextToImageOptions
+from guided_diffusion.text_to_image import models, pipeline, prompting
+
+
+def main():
+    args = config.parse(__doc__, TextToImageOptions, DecoderProcessOptions, EvaluateOptions, RunOptions)
+    config.check_counts(args)
+    prompts = prompting.prompts_of(args)
+    device, folder = program.start(args, DecoderProcessOptions)
+    decoder, diffusion, flags = models.open_decoder(args.model_path, config.explicit_flags(args), device)
+    clip = prompting.clip_of(args, device)
+    embeddings = prompting.embeddings_of(args, clip, prompts, flags, device)
+    shown, ways, how = prompts if args.use_captions else (), (), {}
+    if args.interpolate:
+        embeddings, ways = prompting.ways(args, embeddings, prompts)
+        shown, how["noise_of"] = (), embeddings.noise_of
+    given, null = pipeline.conditions(decoder, embeddings, shown)
+    how |= {"given": given, "labels": None, "null": null if models.dropped(args.model_path).get("embedding") else {}}
+    with scored(args, folder, device) as through:
+        last = None if args.super_res_path else through
+        store = program.draw(
+            args, folder, diffusion, decoder, flags, args.num_samples, through=last, prompts=prompts, **how
+        )
+        program.finish(args, store, prompts=prompts, ways=ways)
+        if args.super_res_path:
+            prompting.enlarge(args, folder, device, through, prompts)
+
+
+if __name__ == "__main__":
+    program.run(main)
