@@ -6,7 +6,7 @@ from guided_diffusion import config, ema, guidance, program
 from guided_diffusion.config import PriorOptions, PriorProcessOptions, PriorTrainOptions, RunOptions
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import process_of
-from guided_diffusion.text_to_image import models, prior, training
+from guided_diffusion.text_to_image import decoder, models, prior, training
 from guided_diffusion.text_to_image.tasks import embedded
 from guided_diffusion.train_util import DiffusionTask, Trainer
 
@@ -14,7 +14,7 @@ from guided_diffusion.train_util import DiffusionTask, Trainer
 def main():
     args = config.parse(__doc__, PriorTrainOptions, PriorOptions, PriorProcessOptions, RunOptions)
     training.check_fp32(args)
-    training.check_rate("caption_dropout", args.caption_dropout)
+    decoder.check_rate("caption_dropout", args.caption_dropout)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "prior", PriorOptions, PriorProcessOptions)
     training.check_fixed_variance(flags)

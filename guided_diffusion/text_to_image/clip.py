@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .tokenizer import LENGTH, tokenize
+from .tokenizer import LENGTH, cut, tokenize
 from .transformer import TextEncoder, Transformer
 
 MAX_LOG_SCALE = math.log(100)  # of similarities, as in the paper
@@ -67,6 +67,10 @@ class CLIP(nn.Module):
     def device(self):
         """Where the network lives."""
         return self.log_scale.device
+
+    def cut(self, text):
+        """What is read of a text."""
+        return cut(text, self.length)
 
     def image_embed(self, x):
         """Images [N,C,S,S] in [-1,1] -> unit vectors [N,D]."""

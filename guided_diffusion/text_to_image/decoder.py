@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import guidance
+from ..conditions import check
 from ..nn import UsageError
 from ..unet import UNetModel
 from .tokenizer import LENGTH
@@ -33,10 +34,11 @@ class Decoder(UNetModel):
     def __init__(self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
                  clip_size=256, image_tokens=4, text_width=256, text_layers=4, text_heads=8, length=LENGTH,
                  text_dropout=0.0, **options):
-        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
-                         vector_channels=clip_size, token_channels=text_width, **options)
         if image_tokens < 0 or text_layers < 0:
             raise ValueError(f"--image_tokens {image_tokens} and --text_layers {text_layers} must be 0 or more")
+        super().__init__(image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
+                         vector_channels=clip_size, token_channels=text_width if image_tokens or text_layers else None,
+                         **options)
         self.image_tokens, self.length = image_tokens, length
         self.to_tokens = nn.Linear(clip_size, image_tokens * text_width) if image_tokens else None
         self.text = TextEncoder(text_width, text_layers, text_heads, length, text_dropout) if text_layers else None
@@ -60,6 +62,7 @@ class Decoder(UNetModel):
         """
         if vector is None:
             raise UsageError("the decoder needs the condition vector: pass it, zeros for no picture")
+        check("the condition vector", vector, (len(x), self.vector_channels))
         if caption is not None:
             tokens, token_mask = (self.encode(caption).get(name) for name in ("tokens", "token_mask"))
         parts = [] if tokens is None else [(tokens, token_mask)]
@@ -68,10 +71,16 @@ class Decoder(UNetModel):
             own = own.unflatten(1, (self.image_tokens, self.token_channels))      # [N,4,text_width]
             there = (vector != 0).any(1, keepdim=True)                            # [N,1]
             parts.append((own, there.expand(-1, self.image_tokens)))
-        if not parts:
-            parts = [(x.new_zeros(len(x), 0, self.token_channels), x.new_zeros(len(x), 0, dtype=torch.bool))]
-        tokens, mask = (torch.cat(each, dim=1) for each in zip(*parts))           # [N,L+4,text_width], [N,L+4]
+        tokens = mask = None
+        if parts:
+            tokens, mask = (torch.cat(each, dim=1) for each in zip(*parts))       # [N,L+4,text_width], [N,L+4]
         return super().forward(x, timesteps, vector=vector, tokens=tokens, token_mask=mask)
+
+
+def check_rate(name, rate):
+    """Raise ValueError unless a rate of dropping is a probability below 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"--{name} is a probability from 0 to below 1, not {rate}")
 
 
 def dropping(embedding_rate, caption_rate):
@@ -82,9 +91,8 @@ def dropping(embedding_rate, caption_rate):
     :raises ValueError: for a rate that is no probability below 1.
     """
     rates = {"vector": embedding_rate, "caption": caption_rate}
-    for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"the {name} is dropped with a probability from 0 to below 1, not {rate}")
+    check_rate("embedding_dropout", embedding_rate)
+    check_rate("caption_dropout", caption_rate)
 
     def drop(cond, rng):
         for name, rate in rates.items():

@@ -73,7 +73,7 @@ def embeddings_of(args, clip, prompts, flags, device):
     """
     if args.images:
         return pipeline.ImageEmbeddings(clip, read_images(args, flags))
-    warn_of_cuts(prompts, clip.length)
+    warn_of_cuts(prompts, clip.cut)
     how = {"candidates": args.prior_candidates, "scale": args.prior_scale, "seed": args.seed}
     if not args.prior_path:
         if args.prior_scale != 1:

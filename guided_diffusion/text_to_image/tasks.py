@@ -1,5 +1,7 @@
 """CLIP as a task of the training loop, and what the loop's data are for each of the three networks."""
 
+from functools import partial
+
 import torch as th
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from .. import dist_util, logger
 from .clip import contrast
 from .prior import as_data
-from .tokenizer import cut, tokenize
+from .tokenizer import clean, cut, tokenize
 
 MANY_TEXTS = 4096  # from so many different captions on they are encoded batch by batch, not all beforehand
 
@@ -89,7 +91,7 @@ class Mapped:
 
 def with_captions(data, length):
     """A stream with "text", numbers of `data.texts`, as one with "caption", their tokens [N,length]."""
-    warn_of_cuts(data.texts, length)
+    warn_of_cuts(data.texts, partial(cut, length=length))
     table = tokenize(data.texts, length)[0].to(th.uint8)                          # [T,L]
     return Mapped(data, lambda x, cond: (x, _without_text(cond) | {"caption": table[cond["text"]].long()}))
 
@@ -105,7 +107,7 @@ def with_embeddings(data, clip, length):
 
 def embedded(data, clip):
     """A stream of embeddings of pictures [N,D] with their encoded captions as conditions; for the prior."""
-    warn_of_cuts(data.texts, clip.length)
+    warn_of_cuts(data.texts, clip.cut)
     encode = Captions(clip, data.texts)
 
     def both(x, cond):
@@ -114,13 +116,13 @@ def embedded(data, clip):
     return Mapped(data, both)
 
 
-def warn_of_cuts(texts, length):
-    """Warn of texts too long for so many tokens, and of what becomes of the first of them."""
-    short = [text for text in texts if len(cut(text, length)) < len(text)]
+def warn_of_cuts(texts, cut):
+    """Warn of texts that `cut(text) -> text` makes shorter, and of what becomes of the first of them."""
+    short = [text for text in texts if len(cut(text)) < len(clean(text))]
     if short:
         logger.warn(
-            f"{len(short)} of {len(texts)} texts are longer than {length} tokens and are cut; the first to"
-            f" {cut(short[0], length)!r} (--context_length of the training)"
+            f"{len(short)} of {len(texts)} texts are too long and are cut; the first to {cut(short[0])!r}"
+            " (--context_length of the training)"
         )
 
 

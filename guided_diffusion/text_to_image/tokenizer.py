@@ -15,11 +15,16 @@ LENGTH = 64  # tokens of a text, in all
 _CONTROLS = str.maketrans("", "", "\x00\x02\x03")
 
 
+def clean(text):
+    """A text without the characters that are taken out."""
+    return text.translate(_CONTROLS)
+
+
 def cut(text, length=LENGTH):
     """A text as `tokenize` takes it: without those control characters, and no longer than whole characters fit."""
     if length < 3:
         raise ValueError(f"a text of {length} tokens has no room between its start and its end: take 3 or more")
-    data = text.translate(_CONTROLS).encode("utf-8", errors="replace")
+    data = clean(text).encode("utf-8", errors="replace")
     return data[: length - 2].decode("utf-8", errors="ignore")
 
 

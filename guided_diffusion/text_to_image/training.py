@@ -46,12 +46,6 @@ def check_whole_batch(args):
         )
 
 
-def check_rate(name, rate):
-    """Raise ValueError unless a rate of dropping is a probability below 1."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"--{name} is a probability from 0 to below 1, not {rate}")
-
-
 def check_fixed_variance(flags):
     """Raise ValueError if the prior is to learn a variance."""
     if flags["learn_sigma"]:
