@@ -598,7 +598,7 @@ class TextToImageOptions(_Sampling):
     )
     num_samples: int = changed(_Sampling, "num_samples", 16)
     prior_scale: float = option(1.0, "classifier-free guidance of the prior; 1: none")
-    prior_steps: int = option(64, "steps of the prior; 0: all")
+    prior_steps: int = option(64, "steps of the prior, or as many as it has; 0: all")
     prior_candidates: int = option(2, "embeddings drawn for each image, of which the one nearest to the text is kept")
     use_captions: bool = option(True, "show the decoder the text besides the embedding")
     force: bool = option(False, "take a CLIP other than the prior or the decoder was trained with")

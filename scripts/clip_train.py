@@ -9,6 +9,7 @@ from guided_diffusion.train_util import Trainer
 
 def main():
     args = config.parse(__doc__, ClipTrainOptions, ClipOptions, RunOptions)
+    training.check_preset(args)
     training.check_fp32(args)
     training.check_whole_batch(args)
     device, folder = program.start(args)

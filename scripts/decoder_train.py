@@ -19,6 +19,7 @@ def main():
     args = config.parse(
         __doc__, DecoderTrainOptions, PictureOptions, DecoderOptions, DecoderProcessOptions, RunOptions
     )
+    training.check_preset(args)
     drop = decoder.dropping(args.embedding_dropout, args.caption_dropout)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "decoder", DecoderOptions, DecoderProcessOptions)

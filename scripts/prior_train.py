@@ -13,6 +13,7 @@ from guided_diffusion.train_util import DiffusionTask, Trainer
 
 def main():
     args = config.parse(__doc__, PriorTrainOptions, PriorOptions, PriorProcessOptions, RunOptions)
+    training.check_preset(args)
     training.check_fp32(args)
     decoder.check_rate("caption_dropout", args.caption_dropout)
     device, folder = program.start(args)

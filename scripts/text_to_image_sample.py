@@ -12,6 +12,7 @@ def main():
     prompts = prompting.prompts_of(args)
     device, folder = program.start(args, DecoderProcessOptions)
     decoder, diffusion, flags = models.open_decoder(args.model_path, config.explicit_flags(args), device)
+    larger = prompting.larger_of(args, flags, device)
     clip = prompting.clip_of(args, device)
     embeddings = prompting.embeddings_of(args, clip, prompts, flags, device)
     shown, ways, how = prompts if args.use_captions else (), (), {}
@@ -19,15 +20,16 @@ def main():
         embeddings, ways = prompting.ways(args, embeddings, prompts)
         shown, how["noise_of"] = (), embeddings.noise_of
     given, null = pipeline.conditions(decoder, embeddings, shown)
-    how |= {"given": given, "labels": None, "null": null if models.dropped(args.model_path).get("embedding") else {}}
+    how |= {"given": given, "labels": None, "null": prompting.null_of(args, null)}
+    rows = () if ways else prompts
     with scored(args, folder, device) as through:
-        last = None if args.super_res_path else through
+        last = None if larger else through
         store = program.draw(
-            args, folder, diffusion, decoder, flags, args.num_samples, through=last, prompts=prompts, **how
+            args, folder, diffusion, decoder, flags, args.num_samples, through=last, prompts=rows, **how
         )
-        program.finish(args, store, prompts=prompts, ways=ways)
-        if args.super_res_path:
-            prompting.enlarge(args, folder, device, through, prompts)
+        program.finish(args, store, prompts=rows, ways=ways)
+        if larger:
+            prompting.enlarge(args, folder, larger, through, rows, ways)
 
 
 if __name__ == "__main__":

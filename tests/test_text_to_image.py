@@ -181,7 +181,7 @@ def test_contrast_of_distinct_captions_is_the_usual_cross_entropy():
     a, b = F.normalize(th.randn(2, 7, 5), dim=-1)
     loss, right = clips.contrast(a, b, 9.0, th.eye(7, dtype=th.bool))
     logits, target = 9 * a @ b.T, th.arange(7)
-    usual = (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
+    usual = sum(F.cross_entropy(each, target, reduction="none") for each in (logits, logits.T)) / 2
     assert th.allclose(loss, usual, atol=1e-6) and th.equal(right, (logits.argmax(1) == target).float())
     part, _ = clips.contrast(a, b, 9.0, th.eye(7, dtype=th.bool), slice(2, 5))
     assert th.allclose(part, loss[2:5], atol=1e-6)
@@ -369,16 +369,16 @@ def test_m3_10_embeddings_as_data_have_unit_variance_and_come_back():
     data = prior.as_data(z)
     assert th.allclose((data**2).mean(1), th.ones(5), atol=1e-5)
     assert th.allclose(prior.as_embedding(data), F.normalize(z, dim=1), atol=1e-6)
-    stream = tasks.embedded(one_batch(), tiny_clip())
+    stream = tasks.embedded(OneBatch(), tiny_clip())
     x, cond = next(stream)
     assert th.allclose((x**2).mean(1), th.ones(4), atol=1e-5)
     assert th.allclose((cond["vector"] ** 2).mean(1), th.tensor([1.0, 1, 0, 1]), atol=1e-5)  # the third is blank
 
 
-class one_batch:
+class OneBatch:
     """A stream as the loader's: four pictures and the numbers of their texts."""
 
-    texts = ["a three", "", "seven"]
+    texts = ("a three", "", "seven")
 
     def __iter__(self):
         return self
@@ -554,21 +554,21 @@ def test_m3_08_embeddings_and_captions_are_dropped_independently_at_their_rates(
     assert th.equal(out["caption"][~no_caption], cond["caption"][~no_caption]) and (cond["vector"] == 1).all()
     for event, p in [(no_vector, 0.1), (no_caption, 0.5), (no_vector & no_caption, 0.05)]:
         assert abs(event.float().mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
-    with pytest.raises(ValueError, match="--caption_dropout is a probability from 0 to below 1, not 1.0"):
+    with pytest.raises(ValueError, match=r"--caption_dropout is a probability from 0 to below 1, not 1\.0"):
         decoders.dropping(0.1, 1.0)
 
 
 def test_m3_07_the_decoder_learns_from_the_embedding_of_the_picture_itself():
     clip = tiny_clip()
-    for x, cond in [next(tasks.with_embeddings(one_batch(), clip, 12))]:
+    for x, cond in [next(tasks.with_embeddings(OneBatch(), clip, 12))]:
         assert th.equal(cond["vector"], prior.as_data(clip.image_embed(x))) and set(cond) == {"vector", "caption"}
         assert th.equal(cond["caption"], tokenizer.tokenize(["a three", "seven", "", "a three"], 12)[0])
 
 
 def test_m3_15_the_clip_is_frozen_and_no_part_of_what_is_trained():
     clip = tiny_clip()
-    _, cond = next(tasks.with_embeddings(one_batch(), clip, 12))
-    x, more = next(tasks.embedded(one_batch(), clip))
+    _, cond = next(tasks.with_embeddings(OneBatch(), clip, 12))
+    x, more = next(tasks.embedded(OneBatch(), clip))
     assert not any(value.requires_grad for value in (cond["vector"], x, *more.values()))
     net = tiny_decoder()
     net.train()
@@ -732,7 +732,8 @@ def test_between_two_anchors():
     way = pipeline.Between(lambda indices: anchors[[i % 3 for i in indices]], 4)
     assert [way.noise_of(i) for i in range(9)] == [0, 0, 0, 0, 1, 1, 1, 1, 2]
     out = way(range(12))
-    assert th.allclose(out[[0, 4, 8]], anchors, atol=1e-6) and th.allclose(out[[3, 7, 11]], anchors[[1, 2, 0]], atol=1e-6)
+    assert th.allclose(out[[0, 4, 8]], anchors, atol=1e-6)
+    assert th.allclose(out[[3, 7, 11]], anchors[[1, 2, 0]], atol=1e-6)
     steps = (out[:3] * out[1:4]).sum(1)
     assert th.allclose(steps, steps[:1].expand(3), atol=1e-5)  # as far each time
     assert th.allclose(way([5]), out[5:6], atol=1e-6)
@@ -818,7 +819,7 @@ def test_m3_20_the_rate_warms_up_and_falls_as_a_cosine_to_its_least(tmp_path):
         trainer.run_loop()
     cosine = [1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)]
     assert rates == pytest.approx([rate * min(1, (k + 1) / 3) for k, rate in enumerate(cosine)])
-    with pytest.raises(ValueError, match="lr_min is a rate from 0 to lr 0.0001, not 0.001"):
+    with pytest.raises(ValueError, match=r"lr_min is a rate from 0 to lr 0\.0001, not 0\.001"):
         Trainer(DiffusionTask(Net(), process), batches(), batch_size=2, lr_min=1e-3)
 
 

@@ -7,7 +7,7 @@ import torch as th
 
 from .. import config, dist_util, program, super_res
 from ..image_datasets import load_data
-from ..script_util import open_super_res
+from ..script_util import open_super_res, process_of
 from . import models, pipeline
 from .tasks import warn_of_cuts
 
@@ -83,9 +83,31 @@ def embeddings_of(args, clip, prompts, flags, device):
         raise ValueError(
             f"--prior_scale {args.prior_scale}: the prior was trained without --caption_dropout and cannot be guided"
         )
-    steps = {"timestep_respacing": str(args.prior_steps)} if args.prior_steps else {}
-    prior, diffusion, _ = models.open_prior(args.prior_path, steps, device)
+    prior, diffusion, its = models.open_prior(args.prior_path, {}, device)
+    steps, most = args.prior_steps, its["diffusion_steps"]
+    if steps > most and "prior_steps" in args.explicit:
+        raise ValueError(f"--prior_steps {steps}: the prior has {most} steps: give at most so many, or 0 for all")
+    if steps:
+        diffusion = process_of(its | {"timestep_respacing": str(min(steps, most))})
     return pipeline.TextEmbeddings(clip, prompts, prior, diffusion, **how)
+
+
+def null_of(args, null):
+    """
+    What guidance takes from the decoder: of its nulls, as `pipeline.conditions` tells them, those that it was trained
+    with.
+
+    :raises ValueError: if guidance is asked for and the decoder always had an embedding.
+    """
+    rates = models.dropped(args.model_path)
+    if not rates.get("embedding"):
+        if args.guidance_scale != 1:
+            raise ValueError(
+                f"--guidance_scale {args.guidance_scale}: the decoder was trained without --embedding_dropout and"
+                " cannot be guided: keep 1, or train with --embedding_dropout 0.1"
+            )
+        return {}
+    return {name: empty for name, empty in null.items() if name == "vector" or rates.get("caption")}
 
 
 def read_images(args, flags):
@@ -117,12 +139,30 @@ def ways(args, embeddings, prompts):
     return between, [f"{ends[p % len(ends)]} -> {ends[(p + 1) % len(ends)]}" for p in range(count)]
 
 
-def enlarge(args, folder, device, through, prompts):
-    """What --super_res_path makes of the samples that the decoder drew, in the folder `enlarged`."""
-    explicit = {name: value for name, value in config.explicit_flags(args).items() if name in ("precision",)}
-    model, diffusion, flags = open_super_res(args.super_res_path, explicit, device)
-    if flags["class_cond"]:
+def larger_of(args, flags, device):
+    """
+    The network of --super_res_path, its process and its flags; None without.
+
+    :param flags: of the decoder.
+    :raises ValueError: if it does not enlarge what the decoder draws.
+    """
+    if not args.super_res_path:
+        return None
+    explicit = {name: value for name, value in config.explicit_flags(args).items() if name == "precision"}
+    model, diffusion, its = open_super_res(args.super_res_path, explicit, device)
+    if its["class_cond"]:
         raise ValueError(f"{args.super_res_path} takes labels, and texts have none: give an unconditional one")
+    for name, ours in (("small_size", "image_size"), ("image_channels", "image_channels")):
+        if its[name] != flags[ours]:
+            raise ValueError(
+                f"{args.super_res_path} enlarges images of {name} {its[name]}, and the decoder draws {flags[ours]}"
+            )
+    return model, diffusion, its
+
+
+def enlarge(args, folder, larger, through, prompts, ways):
+    """What the network of `larger_of` makes of the samples that the decoder drew, in the folder `enlarged`."""
+    model, diffusion, flags = larger
     drawn = next(name for name in os.listdir(folder) if name.startswith(f"samples_{args.num_samples}x")
                  and name.endswith(".npz"))  # fmt: skip
     base = super_res.read_base_samples(
@@ -134,4 +174,4 @@ def enlarge(args, folder, device, through, prompts):
     dist_util.from_main(lambda: os.makedirs(target, exist_ok=True))
     how = {"labels": None, "given": {"low_res": base.batch}}
     store = program.draw(args, target, diffusion, model, flags, args.num_samples, through=through, **how)
-    program.finish(args, store, prompts=prompts)
+    program.finish(args, store, prompts=prompts, ways=ways)

@@ -4,7 +4,7 @@ from itertools import islice
 
 import torch as th
 
-from .. import config, dist_util, logger, published
+from .. import config, dist_util, logger, presets, published
 from ..identify import identify
 from ..image_datasets import load_data
 from ..watch import COLUMNS, ROWS, Watch
@@ -29,6 +29,12 @@ def clip_of(args, device):
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_preset(args):
+    """Raise ValueError for a --preset that is a published model and no recipe."""
+    if args.preset and args.preset not in presets.RECIPES:
+        raise ValueError(f"--preset {args.preset} is no recipe for this program: choose {', '.join(presets.RECIPES)}")
 
 
 def check_fp32(args):
