@@ -19,11 +19,11 @@ def main():
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "prior", PriorOptions, PriorProcessOptions)
     training.check_fixed_variance(flags)
-    clip, clip_flags, told = training.clip_of(args, device)
+    clip, told = training.clip_of(args, device)
     flags |= models.clip_sizes(clip) | {"context_length": clip.length}
     diffusion = process_of(flags)
-    data = program.open_training_data(args, clip_flags, False, captions=True)
-    held_out = program.open_validation_data(args, clip_flags, False, None, captions=True)
+    data = program.open_training_data(args, clip.images, False, captions=True)
+    held_out = program.open_validation_data(args, clip.images, False, None, captions=True)
     sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     loop = Trainer(
         DiffusionTask(models.create_prior(flags).to(device), diffusion, sampler),

@@ -1,6 +1,6 @@
 """
 CLIP (Radford et al. 2021, arXiv 2103.00020): pictures and captions in one space, where those that belong together are
-near. `open_clip` of `models` opens one of ours; `hugging_face` has others behind the same calls.
+near. `hugging_face` has others behind the same calls; `models.open_clip` opens both kinds.
 """
 
 import math
@@ -46,7 +46,8 @@ class CLIP(nn.Module):
     Two encoders and the scale of their similarities.
 
     size: D, the width of the space. image_mean, image_std: of the pixels of the data in [0,1], by which images, given
-    in [-1,1], are normalized here and nowhere else. Raises ValueError for sizes that do not divide.
+    in [-1,1], are normalized here and nowhere else. `images` tells the image_size and image_channels that it reads.
+    Raises ValueError for sizes that do not divide.
     """
 
     def __init__(self, image_size, channels, size=256, patch_size=4, image_width=256, image_layers=6, image_heads=8,
@@ -56,6 +57,7 @@ class CLIP(nn.Module):
         if image_std <= 0:
             raise ValueError(f"--image_std is a standard deviation, above 0, not {image_std}")
         self.size, self.length, self.token_size = size, length, text_width
+        self.images = {"image_size": image_size, "image_channels": channels}
         self.mean, self.std = 2 * image_mean - 1, 2 * image_std
         self.image = ImageEncoder(image_size, channels, patch_size, image_width, image_layers, image_heads, dropout)
         self.image_proj = nn.Linear(image_width, size, bias=False)
@@ -67,6 +69,12 @@ class CLIP(nn.Module):
     def device(self):
         """Where the network lives."""
         return self.log_scale.device
+
+    def check(self, flags):
+        """Raise ValueError unless it reads images of these options."""
+        for name, its in self.images.items():
+            if flags[name] != its:
+                raise ValueError(f"--{name} {flags[name]}: the CLIP was trained with {name} {its}: give that")
 
     def cut(self, text):
         """What is read of a text."""

@@ -7,6 +7,7 @@ import torch as th
 
 from .. import checkpoint, config
 from ..script_util import open_network, process_of
+from . import hugging_face
 from .clip import CLIP
 from .decoder import Decoder
 from .prior import Prior
@@ -72,12 +73,15 @@ def build(kind, flags):
 
 def open_clip(path, device="cpu"):
     """
-    The CLIP of a checkpoint of clip_train.py, frozen and in evaluation mode.
+    The CLIP of a checkpoint of clip_train.py, or of a folder as `hugging_face` takes it, frozen and in evaluation mode.
 
     :raises ValueError, FileNotFoundError: if there is none, or its weights do not fit its config.json.
+    :raises ImportError: for such a folder, without the package transformers.
     """
     if not path:
         raise ValueError("no CLIP given: --clip_path is empty")
+    if hugging_face.is_folder(path):
+        return hugging_face.open_folder(path).to(device)
     return open_network(path, "clip", "", {}, device, build)[0].requires_grad_(False)
 
 

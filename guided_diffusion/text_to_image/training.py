@@ -5,7 +5,6 @@ from itertools import islice
 import torch as th
 
 from .. import config, dist_util, logger, presets, published
-from ..identify import identify
 from ..image_datasets import load_data
 from ..watch import COLUMNS, ROWS, Watch
 from . import models
@@ -15,8 +14,8 @@ from .tasks import with_embeddings
 
 def clip_of(args, device):
     """
-    The CLIP of --clip_path, or of the run that is gone on with: (frozen network, its flags, what config.json says of
-    it: {"path", "fingerprint"}).
+    The CLIP of --clip_path, or of the run that is gone on with: (frozen network, what config.json says of it: {"path",
+    "fingerprint"}).
 
     :raises ValueError: if there is none, or another than that run had, unless --force.
     """
@@ -25,7 +24,7 @@ def clip_of(args, device):
     clip = models.open_clip(path, device)
     if args.resume_checkpoint:
         models.check_clip(clip, path, args.resume_checkpoint, args.force)
-    return clip, identify(path, "clip", {}), {"path": path, "fingerprint": models.fingerprint(clip)}
+    return clip, {"path": path, "fingerprint": models.fingerprint(clip)}
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -56,13 +55,6 @@ def check_fixed_variance(flags):
     """Raise ValueError if the prior is to learn a variance."""
     if flags["learn_sigma"]:
         raise ValueError("--learn_sigma True: the prior predicts embeddings and no variance: drop it")
-
-
-def check_images(flags, clip_flags):
-    """Raise ValueError unless the decoder draws such images as CLIP reads."""
-    for name in ("image_size", "image_channels"):
-        if flags[name] != clip_flags[name]:
-            raise ValueError(f"--{name} {flags[name]}: the CLIP was trained with {name} {clip_flags[name]}: give that")
 
 
 # ------------------------------------------------------------------------------------------------------- on the way
