@@ -432,7 +432,7 @@ class SuperResTrainOptions(TrainOptions):
 class ClipTrainOptions(TrainOptions):
     """training"""
 
-    crop_padding: int = option(0, "shift training pictures at random by up to so many pixels, repeating their edges")
+    crop_padding: int = option(0, "shift training pictures at random by up to so many pixels, black coming in")
 
 
 @dataclass

@@ -18,7 +18,7 @@ class ClipTask:
     """
     Contrast of the pictures and captions of a batch, those of all processes; see `tasks.DiffusionTask` for the methods.
 
-    :param crop_padding: pixels by which pictures are shifted at random in training, the edge being repeated.
+    :param crop_padding: pixels by which pictures are shifted at random in training; what comes in is black.
     """
 
     prefix = ""
@@ -65,8 +65,8 @@ def gathered(x):
 
 
 def shifted(x, corner, padding):
-    """Pictures [N,C,H,W] cut, each at its corner [N,2], from themselves padded by so many pixels of their edges."""
-    wide = F.pad(x, (padding,) * 4, mode="replicate")                             # [N,C,H+2p,W+2p]
+    """Pictures [N,C,H,W] cut, each at its corner [N,2], from themselves padded by so many black pixels."""
+    wide = F.pad(x, (padding,) * 4, value=-1.0)                                   # [N,C,H+2p,W+2p]
     rows = corner[:, :1] + th.arange(x.shape[2], device=x.device)                 # [N,H]
     columns = corner[:, 1:] + th.arange(x.shape[3], device=x.device)              # [N,W]
     sample = th.arange(len(x), device=x.device)[:, None, None]
