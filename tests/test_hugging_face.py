@@ -20,8 +20,7 @@ TEXTS = ["a dark picture", "A  light picture", "something"]
 IMAGE_MEAN, IMAGE_STD = [0.2, 0.3, 0.4], [0.5, 0.6, 0.7]
 
 
-@pytest.fixture(scope="module")
-def parts():
+def make():
     """(a CLIPModel, its tokenizer): every text is letters, one token each, of which 10 fit."""
     th.manual_seed(0)
     letters = [f"{letter}{end}" for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
@@ -36,15 +35,25 @@ def parts():
     return model.eval(), tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(parts, tmp_path_factory):
-    """Saved as a whole."""
-    model, tokenizer = parts
-    folder = tmp_path_factory.mktemp("whole")
+def save(folder, model=None, tokenizer=None):
+    """A model and its tokenizer as a whole."""
+    if model is None:
+        model, tokenizer = make()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     told = {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    save(folder, *parts)
     return folder
 
 

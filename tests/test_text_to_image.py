@@ -260,7 +260,7 @@ def test_pictures_are_shifted_whole():
     corner = th.tensor([[1, 1], [0, 2]])
     out = tasks.shifted(x, corner, 1)
     assert th.equal(out[0], x[0])  # the middle
-    assert th.equal(out[1, 0], th.tensor([[10.0, 11, 11], [10, 11, 11], [13, 14, 14]]))  # a row down, a column left
+    assert th.equal(out[1, 0], th.tensor([[-1.0, -1, -1], [10, 11, -1], [13, 14, -1]]))  # a row down, a column left
     task = tasks.ClipTask(tiny_clip(), 2)
     corners = task.condition(th.zeros(4000, 1, 1, 1), {}, np.random.default_rng(0), None)["corner"]
     assert sorted(corners.unique().tolist()) == [0, 1, 2, 3, 4]

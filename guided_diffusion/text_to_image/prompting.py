@@ -148,7 +148,8 @@ def larger_of(args, flags, device):
     """
     if not args.super_res_path:
         return None
-    explicit = {name: value for name, value in config.explicit_flags(args).items() if name == "precision"}
+    typed = config.explicit_flags(args)
+    explicit = {name: typed[name] for name in ("precision", "timestep_respacing") if name in typed}
     model, diffusion, its = open_super_res(args.super_res_path, explicit, device)
     if its["class_cond"]:
         raise ValueError(f"{args.super_res_path} takes labels, and texts have none: give an unconditional one")
