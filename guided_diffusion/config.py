@@ -213,7 +213,7 @@ class ClipOptions(CaptionOptions, _Channels, _ImageSize):
     text_width: int = option(256, "width of the text encoder, a transformer")
     text_layers: int = option(6, "layers of the text encoder")
     text_heads: int = option(8, "attention heads of the text encoder")
-    dropout: float = option(0.0, "probability of dropping a feature in the transformers")
+    dropout: float = changed(_Trunk, "dropout", 0.0, "probability of dropping a feature in the transformers")
     image_mean: float = option(0.5, "mean of the data's pixels, which span 0 to 1, by which CLIP normalizes images")
     image_std: float = option(0.5, "standard deviation of the data's pixels, likewise")
 
@@ -234,9 +234,13 @@ class DecoderOptions(CaptionOptions, _Trunk, _Channels, _ImageSize):
 
     conv_resample: bool = changed(ModelOptions, "conv_resample", True)
     image_tokens: int = option(4, "tokens that the embedding of the picture makes for every attention")
-    text_width: int = option(128, "width of the tokens, and of the decoder's own text encoder")
-    text_layers: int = option(4, "layers of that text encoder; 0: captions are not looked at")
-    text_heads: int = option(8, "attention heads of that text encoder")
+    text_width: int = changed(
+        ClipOptions, "text_width", 128, "width of the tokens, and of the decoder's own text encoder"
+    )
+    text_layers: int = changed(
+        ClipOptions, "text_layers", 4, "layers of that text encoder; 0: captions are not looked at"
+    )
+    text_heads: int = changed(ClipOptions, "text_heads", 8, "attention heads of that text encoder")
     text_dropout: float = option(0.0, "probability of dropping a feature in that text encoder")
 
 
@@ -454,7 +458,9 @@ class DecoderTrainOptions(_OfClip, TrainOptions):
     """training"""
 
     embedding_dropout: float = option(0.1, "train without the embedding of the picture this often, for guidance")
-    caption_dropout: float = option(0.5, "train without the caption this often, independently")
+    caption_dropout: float = changed(
+        PriorTrainOptions, "caption_dropout", 0.5, "train without the caption this often, independently"
+    )
 
 
 @dataclass
@@ -583,11 +589,15 @@ class TextToImageOptions(_Sampling):
     prior_path: str = option(
         "", "checkpoint of the prior (prior_train.py); empty: the decoder is given the embeddings of texts themselves"
     )
-    clip_path: str = option("", "checkpoint of the CLIP; empty: the one that the decoder was trained with")
+    clip_path: str = changed(
+        _OfClip, "clip_path", "", "checkpoint of the CLIP; empty: the one that the decoder was trained with"
+    )
     super_res_path: str = option(
         "", "checkpoint of a super-resolution model (super_res_train.py), which enlarges what the decoder draws"
     )
-    prompts: tuple = option((), "texts to draw in turn, each in quotes; an empty one asks for nothing in particular")
+    prompts: tuple = changed(
+        SampleOptions, "prompts", (), "texts to draw in turn, each in quotes; an empty one: anything"
+    )
     prompts_file: str = option("", "text file of prompts, one a line, in UTF-8, after those of --prompts")
     images: str = option(
         "",
@@ -601,7 +611,7 @@ class TextToImageOptions(_Sampling):
     prior_steps: int = option(64, "steps of the prior, or as many as it has; 0: all")
     prior_candidates: int = option(2, "embeddings drawn for each image, of which the one nearest to the text is kept")
     use_captions: bool = option(True, "show the decoder the text besides the embedding")
-    force: bool = option(False, "take a CLIP other than the prior or the decoder was trained with")
+    force: bool = changed(_Training, "force", False, "take a CLIP other than the prior or the decoder was trained with")
 
 
 @dataclass
@@ -683,7 +693,9 @@ class InvertOptions(_OfImages):
     max_sigma: float = option(
         80.0, "noise level where latents stand; further up, a network that predicts noise says nothing of the image"
     )
-    interpolate: int = option(0, "pictures between the latents of each image and the next; 0: none")
+    interpolate: int = changed(
+        TextToImageOptions, "interpolate", 0, "pictures between the latents of each image and the next; 0: none"
+    )
 
 
 @dataclass
