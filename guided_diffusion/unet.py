@@ -7,6 +7,7 @@ are [N]. State-dict keys, their order and shapes are those of the published chec
 
 import math
 from abc import abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,12 @@ from .nn import (
     zero_module,
 )
 
-# Up to this many tokens on a CPU the written-out softmax is as fast as the fused kernel: forward and forward+backward
-# in ms, 8 x 4 heads x 64 channels, one core: 16 tokens .11/.36 against .21/.53, 64: .80/2.4 against 1.2/3.1,
-# 256: 8.2/27 against 8.8/27, 1024: 233/858 against 114/376. Only the written-out one can be differentiated twice.
+# Up to this many tokens, and up to four times the width of a head, the written-out softmax is as fast on a CPU as the
+# fused kernel: forward and forward+backward in ms, 8 x 4 heads x 64 channels, one core: 16 tokens .11/.36 against
+# .21/.53, 64: .80/2.4 against 1.2/3.1, 256: 8.2/27 against 8.8/27, 1024: 233/858 against 114/376. In narrow heads the
+# softmax is most of the work, and the fused kernel ahead earlier: an attention block of 8 x 4 heads x 16 channels takes
+# at 64 tokens .42/1.6 against .47/1.5, at 144 3.5/8.9 against 1.8/5.0, at 196 7.9/15 against 2.7/7.9. Only the
+# written-out one can be differentiated twice.
 SHORT_LENGTH = 256
 
 
@@ -59,8 +63,17 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(self.attention(self.qkv_proj(x)))[:, :, 0]
 
 
+class Activated(NamedTuple):
+    """An embedding [N,emb_channels] after its SiLU, which a network takes once for all of its blocks."""
+
+    value: torch.Tensor
+
+
 class TimestepBlock(nn.Module):
-    """A module whose forward also takes the embedding of the timestep (and class): [N,emb_channels]."""
+    """
+    A module whose forward also takes the embedding of the timestep (and class): [N,emb_channels], or inside a network
+    what all blocks need of it, `Activated`.
+    """
 
     @abstractmethod
     def forward(self, x, emb):
@@ -84,11 +97,16 @@ class Upsample(nn.Module):
 
     def __init__(self, channels, use_conv, dims=2, out_channels=None):
         super().__init__()
+        self.axes = range(-1, -1 - min(dims, 2), -1)
         self.factor = (1, 2, 2) if dims == 3 else 2
         self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+        if x.device.type != "cpu" or not x.is_contiguous():
+            return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+        for axis in self.axes:  # plain copies: on a CPU 3 to 10 times as fast as the kernel for any factor
+            x = x.repeat_interleave(2, axis)
+        return self.conv(x)
 
 
 class Downsample(nn.Module):
@@ -153,13 +171,13 @@ class ResBlock(TimestepBlock):
     def _forward(self, x, emb):
         norm, act, conv = self.in_layers
         h = conv(self.resample(act(norm(x))))
-        emb = self.emb_layers(emb).type(h.dtype)[(...,) + (None,) * (h.dim() - 2)]  # [N,width or 2*width,1,..]
+        act, project = self.emb_layers
+        emb = project(emb.value if isinstance(emb, Activated) else act(emb))    # [N,width or 2*width]
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = norm(h, *emb.chunk(2, dim=1))
         else:
-            h = norm(h + emb)
+            h = norm(h + emb.type(h.dtype)[(...,) + (None,) * (h.dim() - 2)])
         for layer in rest:
             h = layer(h)
         return self.skip_connection(self.resample(x)) + h
@@ -223,7 +241,7 @@ def attend(q, k, v, valid=None):
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
     valid = None if valid is None else valid[:, None, None]                # [N,1,1,K]
-    if q.device.type == "cpu" and k.shape[-1] <= SHORT_LENGTH:
+    if q.device.type == "cpu" and k.shape[-1] <= min(SHORT_LENGTH, 4 * q.shape[-2]):
         scale = q.shape[-2] ** -0.25  # on q and k each: less overflow in half precision than after the product
         logits = (q * scale).transpose(-1, -2) @ (k * scale)   # [N,heads,L,K]
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -507,7 +525,7 @@ class UNetModel(UNetTrunk):
         self._check_size("input size", x.shape[3 if self.dims == 3 else 2:])
         self._check_labels(y, len(x))
         self._check_given(vector=vector, tokens=tokens)
-        emb = self._embed(timesteps, y, vector)
+        emb = Activated(F.silu(self._embed(timesteps, y, vector)))
         tokens = () if tokens is None else self.token_emb(tokens, token_mask, len(x))    # [N,L,emb_channels], [N,L]
         *skips, h = self._encode(x, emb, tokens)
         for module in self.output_blocks:
@@ -579,7 +597,7 @@ class EncoderUNetModel(UNetTrunk):
 
     def _trunk_outputs(self, x, timesteps):
         self._check_channels(x)
-        return self._encode(x, self._embed(timesteps))
+        return self._encode(x, Activated(F.silu(self._embed(timesteps))))
 
     def features(self, x, timesteps):
         """Spatial mean of the trunk's last feature map, float32: [N,C,...], [N] -> [N,width of the last level]."""

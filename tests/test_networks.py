@@ -12,7 +12,7 @@ from torch import nn as tnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusion import unet
-from guided_diffusion.nn import UsageError, timestep_embedding
+from guided_diffusion.nn import UsageError, normalization, timestep_embedding
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = json.loads((GOLDEN / "networks.json").read_text())
@@ -257,7 +257,7 @@ def test_s08_03_class_embedding_is_added_after_the_mlp_and_before_the_silu():
     block = model.input_blocks[1][0]
     _, emb = captured(block, lambda: model(x, t, y))
     expected = model.time_embed(timestep_embedding(t, 32)) + model.label_emb.weight[y]
-    torch.testing.assert_close(emb, expected)
+    torch.testing.assert_close(emb.value, silu(expected))
     (inside,) = captured(block.emb_layers[1], lambda: model(x, t, y))
     torch.testing.assert_close(inside, expected * torch.sigmoid(expected))
 
@@ -295,6 +295,58 @@ def test_s08_04_scale_is_the_first_half_and_acts_between_norm_and_silu(scale_shi
     assert block.skip_connection.kernel_size == ((3, 3) if use_conv else (1, 1))
     x, emb = rnd(1, 2, 32, 6, 4), rnd(2, 2, 16)
     torch.testing.assert_close(block(x, emb), written_out_res_block(block, x, emb), rtol=1e-4, atol=1e-5)
+
+
+def test_the_embedding_is_activated_once_for_all_blocks():
+    model = filled(tiny(num_classes=10))
+    seen = []
+    for block in model.modules():
+        if isinstance(block, unet.ResBlock):
+            block.register_forward_pre_hook(lambda module, args: seen.append(args[1].value))
+            block.emb_layers[0].register_forward_hook(lambda *_: pytest.fail("a block activates what all share"))
+    model(rnd(1, 2, 3, 16, 16), torch.tensor([3, 700]), torch.tensor([1, 7]))
+    assert len(seen) > 5 and all(emb is seen[0] for emb in seen)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_adaptive_norm_in_one_pass(layout):
+    """GN(x) (1 + scale) + shift with its gradients, against the formula in float64."""
+    norm = filled(normalization(64))
+    inputs = [rnd(i, *shape) for i, shape in enumerate([(3, 64, 4, 6), (3, 64), (3, 64), (3, 64, 4, 6)])]
+
+    def written(x, scale, shift):
+        return group_norm(x, norm) * (1 + scale[..., None, None]) + shift[..., None, None]
+
+    def of(function, dtype):
+        norm.to(dtype)
+        *wrt, weights = (t.to(dtype).requires_grad_() for t in inputs)
+        out = function(*wrt)
+        return out, *torch.autograd.grad((out * weights).sum(), [*wrt, *norm.parameters()])
+
+    wanted = of(written, torch.float64)
+    got = of(lambda x, *more: norm(x.contiguous(memory_format=layout), *more), torch.float32)
+    assert got[0].is_contiguous(memory_format=layout)
+    for one, other in zip(got, wanted):
+        torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims, factor", [(1, 2), (2, 2), (3, (1, 2, 2))])
+def test_upsampling_copies_the_nearest(dims, factor):
+    x = rnd(1, 2, 3, 4, 6, 5)[(...,) + (0,) * (3 - dims)].contiguous()
+    wanted = torch.nn.functional.interpolate(x, scale_factor=factor, mode="nearest")
+    layer = unet.Upsample(3, False, dims)
+    torch.testing.assert_close(layer(x), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x.transpose(0, 1)), wanted.transpose(0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width, length, fused", [(8, 32, False), (8, 33, True), (64, 256, False), (64, 257, True)])
+def test_the_kernel_by_length_and_width_of_a_head(monkeypatch, width, length, fused):
+    seen, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *args, **more: (seen.append(1), kernel(*args, **more))[1]  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = (rnd(i, 1, 2, width, length) for i in range(3))
+    torch.testing.assert_close(unet.attend(q, k, v).double(), written_out_attention(q, k, v), rtol=1e-4, atol=1e-5)
+    assert bool(seen) == fused
 
 
 def written_out_attention(q, k, v):
