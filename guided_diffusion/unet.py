@@ -455,10 +455,10 @@ class UNetTrunk(HalfBody, nn.Module):
         emb = emb if y is None else emb + self.label_emb(y)
         return emb if vector is None else emb + self.vector_emb(vector, len(emb))
 
-    def _encode(self, x, emb, tokens=()):
-        """The output of every input block and, last, of the middle block."""
+    def _encode(self, x, emb, tokens=(), first=None):
+        """The output of every input block and, last, of the middle block; or of the `first` so many of these."""
         h, outputs = x.type(self.dtype), []
-        for module in [*self.input_blocks, self.middle_block]:
+        for module in [*self.input_blocks, self.middle_block][:first]:
             h = module(h, emb, *tokens)
             outputs.append(h)
         return outputs
@@ -511,11 +511,11 @@ class UNetModel(UNetTrunk):
     def _half_modules(self):
         return [*super()._half_modules(), self.output_blocks]
 
-    def forward(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None):
+    def forward(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None, deep=None):
         """
         x: [N,in_channels,...]; timesteps: [N], fractional allowed; y: labels [N], if and only if num_classes is set;
         vector: [N,vector_channels] and tokens: [N,L,token_channels] likewise; token_mask: [N,L], true for the tokens
-        that count, None if all do.
+        that count, None if all do; deep: a `reuse.Deep`, where deep features are kept or, if there, taken from.
 
         Raises UsageError (a ValueError and an AssertionError) for missing or needless conditions and misshapen labels,
         ValueError for labels out of range (seen on CPU only), conditions of another shape or kind, and inputs of other
@@ -527,9 +527,15 @@ class UNetModel(UNetTrunk):
         self._check_given(vector=vector, tokens=tokens)
         emb = Activated(F.silu(self._embed(timesteps, y, vector)))
         tokens = () if tokens is None else self.token_emb(tokens, token_mask, len(x))    # [N,L,emb_channels], [N,L]
-        *skips, h = self._encode(x, emb, tokens)
-        for module in self.output_blocks:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb, *tokens)
+        depth = 0 if deep is None else deep.depth
+        if depth and deep.feature is not None:
+            skips, h = self._encode(x, emb, tokens, depth), deep.feature
+        else:
+            *skips, h = self._encode(x, emb, tokens)
+        for left in range(len(skips), 0, -1):
+            if left == depth:
+                deep.feature = h
+            h = self.output_blocks[-left](torch.cat([h, skips.pop()], dim=1), emb, *tokens)
         return self.out(h.float()).type(x.dtype)
 
 

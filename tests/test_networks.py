@@ -212,7 +212,7 @@ def test_signatures_are_the_originals():
         assert list(parameters) == required + list(optional), cls.__name__
         assert {k: p.default for k, p in parameters.items() if k in optional} == optional, cls.__name__
     assert str(inspect.signature(unet.SuperResModel)) == "(image_size, in_channels, *args, **kwargs)"
-    signature = "(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None)"
+    signature = "(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None, deep=None)"
     assert str(inspect.signature(unet.UNetModel.forward)) == signature
     assert str(inspect.signature(unet.SuperResModel.forward)) == "(self, x, timesteps, low_res=None, **kwargs)"
     assert str(inspect.signature(unet.EncoderUNetModel.forward)) == "(self, x, timesteps)"
