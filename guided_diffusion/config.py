@@ -105,6 +105,11 @@ class ModelOptions(_Network, _ImageSize):
     )
     vector_channels: int = option(0, "width of the vector, as an embedded text, that the network takes; 0: none")
     conv_resample: bool = option(True, "without --resblock_updown, resample by convolutions, not by means and copies")
+    checkpoint_levels: int = option(
+        0,
+        "recompute the activations of so many levels only, from the largest feature maps on, which keep the most;"
+        " 0: none, or with --use_checkpoint all",
+    )
 
 
 @dataclass
@@ -114,6 +119,7 @@ class SuperResOptions(_Network):
     large_size: int = option(256, "height and width of the images that are made, in pixels")
     small_size: int = option(64, "height and width of the images that are enlarged, in pixels")
     conv_resample: bool = changed(ModelOptions, "conv_resample", True)
+    checkpoint_levels: int = changed(ModelOptions, "checkpoint_levels", 0)
 
 
 @dataclass

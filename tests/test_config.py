@@ -74,7 +74,7 @@ MORE_AVERAGES = {
     "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",
     "eval_interval": 100,
 }
-DROPOUT = {"class_dropout": 0.0, "conv_resample": True}
+DROPOUT = {"class_dropout": 0.0, "conv_resample": True, "checkpoint_levels": 0}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
     "classes": "", "save_as": "npz", "grid": True, "frames": 0, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
