@@ -105,14 +105,25 @@ def sample_stream(
             start = noise.normal(*shape)
             noise = sampling.BrownianNoise(seed, indices, path, device) if path else noise
             steps = sampling.sample(diffusion, predict, rule, start, noise=noise, cond=cond)
-            for step, (x, pred) in enumerate(steps, 1):
+            for step, (x, pred) in enumerate(inferred(steps), 1):
                 bar.update()
                 if on_step:
                     on_step(indices, diffusion.num_timesteps - step, x, pred)
             bar.update((number + 1) * diffusion.num_timesteps - bar.n)  # a step may take several rows
+            x = x.clone()  # what was made in inference mode cannot enter a graph
             _check_finite(x, indices)
             bar.set_postfix(images=f"{min(indices[0] + num_ranks * batch_size, num_samples)}/{num_samples}")
             yield indices, x, y
+
+
+def inferred(iterator):
+    """The items of an iterator, each made in `torch.inference_mode`, which spares what autograd notes of tensors."""
+    while True:
+        with th.inference_mode():
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
 
 
 def reverse_process(diffusion, model, shape, count, frames=10, **how):
