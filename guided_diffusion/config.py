@@ -370,7 +370,9 @@ class _Sampling:
         " beside it, its name or its tensors spare the network's flags (docs/checkpoints.md)",
     )
     num_samples: int = option(10000, "images to draw")
-    batch_size: int = changed(_Training, "batch_size", 16)
+    batch_size: int = changed(
+        _Training, "batch_size", 16, "images at once in each process; 0: as many as fit in memory, by trying, up to 256"
+    )
     clip_denoised: bool = option(True, "clip each predicted clean image to the range of pixels")
     use_ddim: bool = option(False, "sample by DDIM instead of the ancestral DDPM")
     eta: float = option(0.0, "noise of DDIM, and of other samplers that have it: 0 none, 1 as much as DDPM")
@@ -890,11 +892,11 @@ def log_formats(args, main):
     return args.log_formats.split(",") if args.log_formats and main else None
 
 
-def check_counts(args):
-    """Raise ValueError unless there is an image to draw or score, and one at a time at least."""
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+def check_counts(args, batch=1):
+    """Raise ValueError unless there is an image to draw or score, and `batch` at a time at least."""
+    for name, least in (("num_samples", 1), ("batch_size", batch)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
 
 
 def check_sides(flags):

@@ -12,13 +12,15 @@ import torch as th
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
 from .compiling import compile_blocks
 from .fp16_util import PRECISIONS
-from .generate import planned, sample_stream, save_class_grid, save_frames
+from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
 from .pace import convolution_rate
 from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
+
+LARGEST_BATCH = 256  # that --batch_size 0 takes: more is no faster
 
 
 def start(args, *settled_later):
@@ -462,6 +464,15 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     dist_util.barrier()
 
 
+def fitting_batch(diffusion, model, count, how):
+    """How many of `count` samples fit in the memory of every process at once. Collective."""
+    most = min(LARGEST_BATCH, math.ceil(count / dist_util.world_size()))
+    fits = memory.fitting(dist_util.dev(), lambda n: evaluated(n, diffusion, model, **how), most)
+    fits = min(dist_util.gather_objects(fits))
+    logger.log(f"--batch_size {fits}, which fits in memory")
+    return fits
+
+
 def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, **how):
     """
     Draw `count` samples as the options of sampling say, by all processes, beginning where a run that was broken off
@@ -471,7 +482,7 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     :param through: see `write_samples`.
     :param how: what each sample is conditioned on, as `sample_stream` takes it.
     """
-    config.check_counts(args)
+    config.check_counts(args, batch=0)
     if args.frames < 0 or args.frames == 1:
         raise ValueError(f"--frames is how many pictures a walk is shown in, 2 or more, or 0, not {args.frames}")
     full, (height, width) = diffusion, config.size_of(flags)
@@ -487,6 +498,7 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
         "steer": steer_of(args, diffusion, cond_fn),
         "device": dist_util.dev(),
     }
+    args.batch_size = args.batch_size or fitting_batch(diffusion, model, count, how)
     store = None
     if args.save_samples:
         store = SampleStore(folder, (count, height, width, flags["image_channels"]), plan_of(args, flags),

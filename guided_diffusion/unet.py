@@ -491,8 +491,8 @@ class UNetModel(UNetTrunk):
     many channels are then required (see `conditions`); vectors join the embedding of the time, tokens every attention
     as further keys and values (GLIDE, arXiv 2112.10741). num_heads_upsample: heads of the upward path, -1 as
     num_heads; both count only when num_head_channels is -1. conv_resample: with weights (else average / nearest).
-    checkpoint_levels: of so many levels, from the finest on, blocks are recomputed in the backward pass; use_checkpoint:
-    all are. use_fp16: a wish, for the programs, that convert_to_fp16 be called once the weights are loaded.
+    checkpoint_levels: of so many levels, from the finest on, blocks are recomputed in the backward pass;
+    use_checkpoint: all are. use_fp16: a wish, for the programs, that convert_to_fp16 be called after loading.
     Raises ValueError for widths, sizes or heads that do not divide.
     """
 
