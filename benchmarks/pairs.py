@@ -127,14 +127,18 @@ def trainings(net, process, flags, count, device="cpu", **ours):
     x0, _, y = batch_of(flags, count, device)
     half = ours.get("precision", "fp32") != "fp32"
     literal = plain_steps.PlainTrainer(plain.plain_of(net), plain_steps.PlainDiffusion(process), fp16=half)
-    trainer = Trainer(DiffusionTask(net, process), None, batch_size=count, averages=ema.parse("0.9999"), **ours)
-    cond = {} if y is None else {"y": y}
 
     def step():
         t = th.randint(process.num_timesteps, (count,), device=device)
         literal.step(x0, t, th.randn_like(x0), y)
 
-    return {"plain": step, "ours": lambda: trainer.run_step(x0, cond)}
+    return {"plain": step, "ours": our_training(net, process, x0, y, **ours)}
+
+
+def our_training(net, process, x0, y=None, **how):
+    """A work that takes one whole training step of ours on a batch."""
+    trainer = Trainer(DiffusionTask(net, process), None, batch_size=len(x0), averages=ema.parse("0.9999"), **how)
+    return partial(trainer.run_step, x0, {} if y is None else {"y": y})
 
 
 def gradients(net, process, flags, count, device="cpu"):

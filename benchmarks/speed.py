@@ -32,11 +32,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def cases(args):
     """[(name, flags, images)] of the networks that are evaluated and trained on this device."""
-    if args.device == "cpu" and not args.published:
-        return [(name, flags, count if args.images is None else args.images)
-                for name, (flags, count) in pairs.NETWORKS.items()]  # fmt: skip
-    counts = {name: (args.images, args.images) if args.images else both for name, both in pairs.PUBLISHED.items()}
-    return [(name, pairs.published(name, args.tiny)[0], counts[name][0]) for name in pairs.PUBLISHED]
+    if not args.published:
+        return [(name, flags, args.images or count) for name, (flags, count) in pairs.NETWORKS.items()
+                if name in (args.networks or pairs.NETWORKS)]  # fmt: skip
+    return [(name, pairs.published(name, args.tiny)[0], args.images or pairs.PUBLISHED[name][0])
+            for name in args.networks or pairs.PUBLISHED]  # fmt: skip
+
+
+def guides(args):
+    """[(name, flags, images)] of the classifiers."""
+    if not args.published:
+        return [("demo's classifier", pairs.GUIDE, args.images or 64)]
+    return [(f"classifier of {name}", pairs.published(name, args.tiny)[1], args.images or pairs.PUBLISHED[name][1])
+            for name in args.networks or pairs.PUBLISHED]  # fmt: skip
 
 
 def versions(args, net, training=False):
@@ -53,8 +61,8 @@ def versions(args, net, training=False):
 def limit(args):
     """The rates of the hardware."""
     dtypes = {"fp32": th.float32} | ({"bf16": th.bfloat16} if args.device == "cuda" else {})
-    return [{"what": f"matrix product, convolution and copy, {name}", **hardware.rates(args.device, dtype, args.seconds)}
-            for name, dtype in dtypes.items()]  # fmt: skip
+    return [{"what": f"{name}: matrix product, convolution, copy", **hardware.rates(args.device, dtype, args.seconds)}
+            for name, dtype in dtypes.items()]
 
 
 def evaluation(args):
@@ -64,11 +72,7 @@ def evaluation(args):
         net, _ = pairs.diffusion_of(flags, args.device)
         rows.append(evaluated(args, name, net.eval(), pairs.batch_of(flags, count, args.device), rates))
         del net
-    guides = [("demo's classifier", pairs.GUIDE, 64)]
-    if args.device == "cuda" or args.published:
-        guides = [(f"classifier of {name}", pairs.published(name, args.tiny)[1], args.images or both[1])
-                  for name, both in pairs.PUBLISHED.items()]  # fmt: skip
-    for name, flags, count in guides:
+    for name, flags, count in guides(args):
         net = pairs.classifier_of(flags, args.device)
         rows.append(evaluated(args, name, net.eval(), pairs.batch_of(flags, count, args.device)[:2] + (None,), rates))
     return rows
@@ -158,11 +162,11 @@ def python(*words):
 
 def guided(args):
     """A step of guided sampling: of the demo, or of the published sizes; and of guidance without a classifier."""
-    if args.device == "cpu" and not args.published:
+    if not args.published:
         net, process, classifier = pairs.demo_networks(args.demo)
         chosen = [("demo", net, process, classifier, (1, 8, 8), args.images or 100)]
     else:
-        chosen = (_published_walk(args, name) for name in pairs.PUBLISHED)
+        chosen = (_published_walk(args, name) for name in args.networks or pairs.PUBLISHED)
     rows = []
     for name, net, process, classifier, shape, count in chosen:
         for sampler in ("ddpm", "ddim"):
@@ -178,7 +182,7 @@ def guided(args):
                 same = walks.literal(count, shape, own_noise=False)
                 row["error"] = timing.difference(same, walks.ours(count, shape))
             rows.append(announced(row))
-    return rows + ([free(args)] if args.device == "cpu" else [])
+    return rows if args.device == "cuda" else [*rows, free(args)]
 
 
 def _published_walk(args, name):
@@ -215,7 +219,7 @@ def updates(args):
 
 def saving(args):
     """How long a checkpoint of weights, average and optimizer keeps the training waiting: wall seconds."""
-    net = pairs.diffusion_of(cases(args)[-1 if args.device == "cuda" else 1][1], args.device)[0]
+    net = pairs.diffusion_of(cases(args)[: 2][-1][1], args.device)[0]
     pairs.updates(net)["plain"]()
     opt = th.optim.AdamW(net.parameters())
     for p in net.parameters():
@@ -260,13 +264,51 @@ def startup(args):
             for name in list(words)[1:]]  # fmt: skip
 
 
+def others(args):
+    """Ours against diffusers: its UNet2DModel with the same weights, its schedulers with the same betas."""
+    import diffusers_side
+
+    rows = []
+    for name, flags, count in diffusers_side.cases(cases(args)):
+        net, process = pairs.diffusion_of(flags, args.device)
+        net.eval()
+        other, batch = diffusers_side.network_of(net, flags), pairs.batch_of(flags, count, args.device)
+        if args.precision != "fp32":
+            other = diffusers_side.quick(other, args.precision, args.compile)
+            pairs.quick(net, args.precision, args.compile, args.device)
+        works = diffusers_side.evaluations(net, other, batch)
+        row = timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
+        row["error"] = timing.difference(works["diffusers"](), works["ours"]())
+        row["parameters"] = [sum(p.numel() for p in each.parameters()) for each in (net, other)]
+        rows.append(announced(row | {"what": f"evaluation of {name}, {count} images"}))
+        net, process = pairs.diffusion_of(flags, args.device)
+        other = diffusers_side.network_of(net, flags)
+        works = diffusers_side.trainings(net, other, process, flags, count, args.device, **trained(args, net))
+        row = timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
+        rows.append(announced(row | {"what": f"training step of {name}, {count} images"}))
+    return rows + scheduled(args)
+
+
+def scheduled(args):
+    """Walks of the demo's network by the schedulers of diffusers and by ours."""
+    import diffusers_side
+
+    net, process, _ = pairs.demo_networks(args.demo)
+    other, rows = diffusers_side.network_of(net, pairs.NETWORKS["demo"][0]), []
+    for sampler in diffusers_side.SAMPLERS:
+        works = diffusers_side.walks(net, other, process, sampler, 2 * args.steps, args.images or 100, (1, 8, 8))
+        row = timing.compared(timing.interleaved(works, args.repeats), args.clock)
+        rows.append(announced(row | {"what": f"demo, {2 * args.steps} steps of {sampler}, unguided"}))
+    return rows
+
+
 def announced(row):
     print(timing.shown(row), flush=True)
     return row
 
 
 SECTIONS = {each.__name__: each for each in
-            (limit, evaluation, training, guided, updates, saving, startup, memory)}  # fmt: skip
+            (limit, evaluation, training, guided, updates, saving, startup, memory, others)}  # fmt: skip
 
 
 def parsed(argv):
@@ -274,6 +316,7 @@ def parsed(argv):
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure (default: cpu)")
     parser.add_argument("--published", action="store_true", help="the published sizes on a CPU too")
+    parser.add_argument("--networks", nargs="+", help="some of them only, by name")
     parser.add_argument("--tiny", action="store_true", help="everything small, to see that it runs")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default: 7)")
@@ -289,6 +332,10 @@ def parsed(argv):
     if unknown := [name for name in args.sections if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]}: choose from {', '.join(SECTIONS)}")
     cuda = args.device == "cuda"
+    args.published = args.published or cuda
+    known = pairs.PUBLISHED if args.published else pairs.NETWORKS
+    if unknown := [name for name in args.networks or () if name not in known]:
+        parser.error(f"unknown network {unknown[0]}: choose from {', '.join(known)}")
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = cuda if args.compile is None else args.compile == "True"
     args.dtype = th.bfloat16 if args.precision == "bf16" else th.float32
