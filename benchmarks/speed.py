@@ -21,6 +21,7 @@ from pathlib import Path
 import hardware
 import pairs
 import plain
+import records
 import timing
 import torch as th
 
@@ -84,7 +85,7 @@ def evaluated(args, name, net, batch, rates):
     row = timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
     row |= {"what": f"{name}, {len(batch[0])} images", "error": timing.difference(works["plain"](), works["ours"]())}
     seconds = row["sides"]["ours"][f"{args.clock}_s"]["median"]
-    return announced(row | hardware.fractions(*needs, seconds, rates))
+    return timing.announced(row | hardware.fractions(*needs, seconds, rates))
 
 
 def counted(work, images):
@@ -109,7 +110,7 @@ def training(args):
         row |= timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
         seconds = row["sides"]["ours"][f"{args.clock}_s"]["median"]
         row |= {"error": error, **hardware.fractions(flops * count, 0, seconds, rates)}
-        rows.append(announced(row | peaks(args, works)))
+        rows.append(timing.announced(row | peaks(args, works)))
         del works, net
     return rows
 
@@ -150,7 +151,7 @@ def memory(args):
         row |= {f"{side}_peak_mib": peak for side, peak in median.items()}
         row |= {f"{side}_kept_mib": found[side][0][0] for side in ("plain", "ours")}
         share = (median["ours"] - median["nothing"]) / (median["plain"] - median["nothing"])
-        rows.append(announced(row | {"of_plain": share, "of_plain_whole_process": median["ours"] / median["plain"]}))
+        rows.append(timing.announced(row | {"of_plain": share, "of_plain_whole_process": median["ours"] / median["plain"]}))
     return rows
 
 
@@ -181,7 +182,7 @@ def guided(args):
             if args.precision == "fp32":
                 same = walks.literal(count, shape, own_noise=False)
                 row["error"] = timing.difference(same, walks.ours(count, shape))
-            rows.append(announced(row))
+            rows.append(timing.announced(row))
     return rows if args.device == "cuda" else [*rows, free(args)]
 
 
@@ -199,7 +200,7 @@ def free(args):
     works = pairs.free_of_classifier(net.eval(), process, count, args.steps)
     row = timing.compared(timing.interleaved(works, args.repeats), args.clock)
     row["error"] = timing.difference(works["plain"](None), works["ours"]())
-    return announced(row | {"what": f"classifier-free, {args.steps} steps of ddpm, {count} images"})
+    return timing.announced(row | {"what": f"classifier-free, {args.steps} steps of ddpm, {count} images"})
 
 
 def updates(args):
@@ -213,7 +214,7 @@ def updates(args):
     for name, module in modules.items():
         works = pairs.updates(module.to(args.device), args.device)
         row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
-        rows.append(announced(row | {"what": name, "error": timing.difference(works["plain"](), works["ours"]())}))
+        rows.append(timing.announced(row | {"what": name, "error": timing.difference(works["plain"](), works["ours"]())}))
     return rows
 
 
@@ -242,7 +243,7 @@ def saving(args):
                 (Path(folder) / saves.commit_name(number)).unlink()
     mebibytes = sum(p.numel() * p.element_size() for p in net.parameters()) * 4 / 2**20
     row = timing.compared(rounds, "wall")
-    return [announced(row | {"what": "checkpoint: what training waits for", "mebibytes": mebibytes})]
+    return [timing.announced(row | {"what": "checkpoint: what training waits for", "mebibytes": mebibytes})]
 
 
 def startup(args):
@@ -259,7 +260,7 @@ def startup(args):
             after = os.times()
             cpu = after.children_user + after.children_system - before.children_user - before.children_system
             rounds[name].append((time.perf_counter() - wall, cpu))
-    return [announced({"what": f"{name} against import torch",
+    return [timing.announced({"what": f"{name} against import torch",
                        **timing.compared({"torch": rounds["import torch"], "this": rounds[name]}, "cpu")})
             for name in list(words)[1:]]  # fmt: skip
 
@@ -280,12 +281,12 @@ def others(args):
         row = timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
         row["error"] = timing.difference(works["diffusers"](), works["ours"]())
         row["parameters"] = [sum(p.numel() for p in each.parameters()) for each in (net, other)]
-        rows.append(announced(row | {"what": f"evaluation of {name}, {count} images"}))
+        rows.append(timing.announced(row | {"what": f"evaluation of {name}, {count} images"}))
         net, process = pairs.diffusion_of(flags, args.device)
         other = diffusers_side.network_of(net, flags)
         works = diffusers_side.trainings(net, other, process, flags, count, args.device, **trained(args, net))
         row = timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
-        rows.append(announced(row | {"what": f"training step of {name}, {count} images"}))
+        rows.append(timing.announced(row | {"what": f"training step of {name}, {count} images"}))
     return rows + scheduled(args)
 
 
@@ -298,17 +299,48 @@ def scheduled(args):
     for sampler in diffusers_side.SAMPLERS:
         works = diffusers_side.walks(net, other, process, sampler, 2 * args.steps, args.images or 100, (1, 8, 8))
         row = timing.compared(timing.interleaved(works, args.repeats), args.clock)
-        rows.append(announced(row | {"what": f"demo, {2 * args.steps} steps of {sampler}, unguided"}))
+        rows.append(timing.announced(row | {"what": f"demo, {2 * args.steps} steps of {sampler}, unguided"}))
     return rows
 
 
-def announced(row):
-    print(timing.shown(row), flush=True)
-    return row
+def profiles(args):
+    """The operations that take most of our training step and evaluation: their shares of all time."""
+    rows = []
+    for name, flags, count in cases(args):
+        net, process = pairs.diffusion_of(flags, args.device)
+        batch = pairs.batch_of(flags, count, args.device)
+        if args.precision != "fp32":
+            pairs.quick(net, args.precision, args.compile, args.device)
+        rows.append(profiled(args, f"evaluation of {name}", pairs.evaluations(net.eval(), None, batch)["ours"]))
+        net, process = pairs.diffusion_of(flags, args.device)
+        step = pairs.our_training(net, process, batch[0], batch[2], **trained(args, net))
+        rows.append(profiled(args, f"training step of {name}", step))
+    return rows
 
 
-SECTIONS = {each.__name__: each for each in
-            (limit, evaluation, training, guided, updates, saving, startup, memory, others)}  # fmt: skip
+def profiled(args, what, work, most=12):
+    """{"what", "operations": [name, share, calls]} by the time in the kernels themselves."""
+    from torch.profiler import ProfilerActivity, profile
+
+    timing.once(work, args.device)
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if args.device == "cuda" else [])
+    with profile(activities=kinds) as profiler:
+        timing.once(work, args.device)
+    key = f"self_{'device' if args.device == 'cuda' else 'cpu'}_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events) or 1
+    table = [(event.key[:60], round(getattr(event, key) / total, 3), event.count) for event in events[:most]]
+    print(f"{what}: " + ", ".join(f"{name} {share:.0%}" for name, share, _ in table[:6]), flush=True)
+    return {"what": what, "operations": table}
+
+
+def recorded(args):
+    """What other programs of this folder have recorded: metrics, the loader, memory against the number of images."""
+    return [timing.announced(row) for row in records.rows(RESULTS)]
+
+
+SECTIONS = {each.__name__: each for each in (limit, evaluation, training, guided, updates, saving, startup, memory,
+                                             others, profiles, recorded)}  # fmt: skip
 
 
 def parsed(argv):

@@ -105,6 +105,12 @@ def shown(row):
     return "  ".join(parts)
 
 
+def announced(row):
+    """The row, which is printed."""
+    print(shown(row), flush=True)
+    return row
+
+
 def _seconds(value):
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
