@@ -151,7 +151,8 @@ def memory(args):
         row |= {f"{side}_peak_mib": peak for side, peak in median.items()}
         row |= {f"{side}_kept_mib": found[side][0][0] for side in ("plain", "ours")}
         share = (median["ours"] - median["nothing"]) / (median["plain"] - median["nothing"])
-        rows.append(timing.announced(row | {"of_plain": share, "of_plain_whole_process": median["ours"] / median["plain"]}))
+        row |= {"of_plain": share, "of_plain_whole_process": median["ours"] / median["plain"]}
+        rows.append(timing.announced(row))
     return rows
 
 
@@ -214,7 +215,8 @@ def updates(args):
     for name, module in modules.items():
         works = pairs.updates(module.to(args.device), args.device)
         row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
-        rows.append(timing.announced(row | {"what": name, "error": timing.difference(works["plain"](), works["ours"]())}))
+        error = timing.difference(works["plain"](), works["ours"]())
+        rows.append(timing.announced(row | {"what": name, "error": error}))
     return rows
 
 
