@@ -213,13 +213,28 @@ class Walks:
                 x = self.plain_process.ancestral(self.plain_net, x, t, draw(x), y, self.plain_gradient)
         return x
 
-    def ours(self, count, shape, seed=0, sampler="", **walk):
-        """x [N,C,H,W] as the sampling programs draw; `sampler` takes rows of the whole process in place of these."""
-        told = self.net if self.labelled else lambda x, t, y=None: self.net(x, t)
+    def ours(self, count, shape, seed=0, sampler="", every=1, reuse=1, **walk):
+        """
+        x [N,C,H,W] as the sampling programs draw; `sampler` takes rows of the whole process in place of these.
+
+        :param every: the classifier is asked at every so many rows, with so many times the scale.
+        :param reuse: deep features of the network are computed at every so many rows.
+        """
+        net, process = self.net, self.whole if sampler else self.process
+        if reuse > 1:
+            from guided_diffusion.reuse import Reusing
+
+            net = Reusing(net, reuse)
+
+        def steer(predict):
+            grad_fn = process.told_rows(guidance.scaled(self.gradient, every))
+            return guidance.every(guidance.classifier_guided(predict, grad_fn), predict, every)
+
         stream = generate.sample_stream(
-            self.whole if sampler else self.process, told, shape=shape, num_samples=count, batch_size=count, seed=seed,
-            labels=self.labels(count).tolist(), cond_fn=self.gradient, device=self.device, sampler=sampler,
-            use_ddim=self.sampler == "ddim" and not sampler, **walk,
+            process, net if self.labelled else lambda x, t, y=None: net(x, t), shape=shape, num_samples=count,
+            batch_size=count, seed=seed, labels=self.labels(count).tolist(), device=self.device, sampler=sampler,
+            use_ddim=self.sampler == "ddim" and not sampler, steer=steer if every > 1 else None,
+            cond_fn=self.gradient if every == 1 else None, **walk,
         )  # fmt: skip
         return th.cat([x for _, x, _ in stream])
 

@@ -223,7 +223,6 @@ def updates(args):
 def saving(args):
     """How long a checkpoint of weights, average and optimizer keeps the training waiting: wall seconds."""
     net = pairs.diffusion_of(cases(args)[: 2][-1][1], args.device)[0]
-    pairs.updates(net)["plain"]()
     opt = th.optim.AdamW(net.parameters())
     for p in net.parameters():
         p.grad = th.zeros_like(p)
