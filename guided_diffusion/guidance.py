@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 import torch as th
 import torch.nn.functional as F
 
-from .prediction import check_gradient, eps_from_x0, mean_of, row_of
+from .prediction import check_gradient, eps_from_x0, mean_of, row_of, twice
 
 # ---------------------------------------------------------------------------------------------------------- scales
 
@@ -239,8 +239,8 @@ def classifier_free(predict, null, scale, combine=linear, batched=False):
 
     def together(x, t, **cond):
         empty = nulled(cond, null)
-        twice = {name: th.cat([value, empty[name]]) for name, value in cond.items()}
-        a, b = _halves(predict(th.cat([x, x]), th.cat([t, t]), **twice))
+        both = {name: th.cat([value, empty[name]]) for name, value in cond.items()}
+        a, b = _halves(predict(th.cat([x, x]), twice(t), **both))
         return combine(a, b, scale_like(scale, t, x), x, t)
 
     return together if batched else mix(predict, unconditional, scale, combine)

@@ -10,11 +10,13 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
+from .compiling import compile_blocks
 from .fp16_util import PRECISIONS
 from .generate import planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
 from .pace import convolution_rate
+from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
 
@@ -244,7 +246,7 @@ def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed lr_schedule lr_warmup eval_interval keep_last keep_every keep_best"
-    names += " background_save max_minutes sharding"
+    names += " background_save max_minutes sharding compile"
     options = {name: getattr(args, name) for name in names.split()}
     options |= {"progress": True, "flags": flags, "folder": args.checkpoint_dir or None}
     if args.microbatch == -1:
@@ -406,6 +408,18 @@ def walk_of(args):
     walk = {name: getattr(args, name) for name in ("use_ddim", "sampler", "steps", "spacing")}
     eta = args.eta if "eta" in args.explicit else None
     return walk | {"eta": eta, "sampler_options": config.parse_sampler_options(args.sampler_options)}
+
+
+def hastened(args, model):
+    """A diffusion model that was opened, as the options of sampling want it run. Raises ValueError if it cannot."""
+    config.check_reuse(args)
+    compiled(args, model)
+    return model if args.reuse_every == 1 else Reusing(model, args.reuse_every, args.reuse_depth)
+
+
+def compiled(args, net):
+    """A network, its blocks compiled where --compile says so. Raises ValueError if that cannot be."""
+    return compile_blocks(net) if args.compile else net
 
 
 def worse_model(args, flags):

@@ -309,6 +309,7 @@ class UNetTrunk(HalfBody, nn.Module):
     """
 
     num_classes = vector_channels = token_channels = None
+    checkpoint_levels = 0
 
     def __init__(self, options):
         super().__init__()
@@ -316,6 +317,11 @@ class UNetTrunk(HalfBody, nn.Module):
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
         self._check_widths()
+        if not 0 <= self.checkpoint_levels <= len(self.channel_mult):
+            raise ValueError(
+                f"--checkpoint_levels must be from 0 to {len(self.channel_mult)}, the number of levels of channel_mult,"
+                f" not {self.checkpoint_levels}"
+            )
         self.emb_channels = 4 * self.model_channels
         self.time_embed = nn.Sequential(
             linear(self.model_channels, self.emb_channels),
@@ -329,9 +335,11 @@ class UNetTrunk(HalfBody, nn.Module):
         if self.token_channels is not None:  # zeros are no keys: the image's own positions remain
             self.token_emb = Tokens(self.token_channels, self.emb_channels, null="zero")
         self.input_blocks, self.widths = self._build_input_blocks()
-        width = self.widths[-1]
+        width, last = self.widths[-1], len(self.channel_mult) - 1
         self.middle_block = TimestepEmbedSequential(
-            self._res_block(width), self._attention_block(width, self.num_heads), self._res_block(width)
+            self._res_block(last, width),
+            self._attention_block(last, width, self.num_heads),
+            self._res_block(last, width),
         )
 
     @property
@@ -401,7 +409,11 @@ class UNetTrunk(HalfBody, nn.Module):
                     f"the condition {name} is {state}, but this network has {option}={getattr(self, option)}: {remedy}"
                 )
 
-    def _res_block(self, channels, out_channels=None, **resample):
+    def _recomputes(self, level):
+        """Whether the blocks of a level are computed again in the backward pass."""
+        return self.use_checkpoint or level < self.checkpoint_levels
+
+    def _res_block(self, level, channels, out_channels=None, **resample):
         return ResBlock(
             channels,
             self.emb_channels,
@@ -409,16 +421,16 @@ class UNetTrunk(HalfBody, nn.Module):
             out_channels=out_channels,
             use_scale_shift_norm=self.use_scale_shift_norm,
             dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
+            use_checkpoint=self._recomputes(level),
             **resample,
         )
 
-    def _attention_block(self, channels, num_heads):
+    def _attention_block(self, level, channels, num_heads):
         return AttentionBlock(
             channels,
             num_heads,
             self.num_head_channels,
-            self.use_checkpoint,
+            self._recomputes(level),
             self.use_new_attention_order,
             None if self.token_channels is None else self.emb_channels,
         )
@@ -426,15 +438,15 @@ class UNetTrunk(HalfBody, nn.Module):
     def _stage(self, level, channels, num_heads):
         """The layers of one entry at a level: a ResBlock, and attention where the downsampling factor asks for it."""
         width = self._width(level)
-        layers = [self._res_block(channels, width)]
+        layers = [self._res_block(level, channels, width)]
         if 2**level in self.attention_resolutions:
-            layers.append(self._attention_block(width, num_heads))
+            layers.append(self._attention_block(level, width, num_heads))
         return layers
 
-    def _resample(self, channels, **direction):
-        """One layer that halves (down=True) or doubles (up=True) the resolution."""
+    def _resample(self, level, channels, **direction):
+        """One layer that halves (down=True) or doubles (up=True) the resolution, `level` the finer of the two."""
         if self.resblock_updown:
-            return self._res_block(channels, **direction)
+            return self._res_block(level, channels, **direction)
         return (Upsample if "up" in direction else Downsample)(channels, self.conv_resample, self.dims)
 
     def _build_input_blocks(self):
@@ -443,7 +455,7 @@ class UNetTrunk(HalfBody, nn.Module):
         blocks = [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, widths[0], 3, padding=1))]
         for level in range(len(self.channel_mult)):
             if level > 0:
-                blocks.append(TimestepEmbedSequential(self._resample(widths[-1], down=True)))
+                blocks.append(TimestepEmbedSequential(self._resample(level - 1, widths[-1], down=True)))
                 widths.append(widths[-1])
             for _ in range(self.num_res_blocks):
                 blocks.append(TimestepEmbedSequential(*self._stage(level, widths[-1], self.num_heads)))
@@ -455,10 +467,10 @@ class UNetTrunk(HalfBody, nn.Module):
         emb = emb if y is None else emb + self.label_emb(y)
         return emb if vector is None else emb + self.vector_emb(vector, len(emb))
 
-    def _encode(self, x, emb, tokens=()):
-        """The output of every input block and, last, of the middle block."""
+    def _encode(self, x, emb, tokens=(), first=None):
+        """The output of every input block and, last, of the middle block; or of the `first` so many of these."""
         h, outputs = x.type(self.dtype), []
-        for module in [*self.input_blocks, self.middle_block]:
+        for module in [*self.input_blocks, self.middle_block][:first]:
             h = module(h, emb, *tokens)
             outputs.append(h)
         return outputs
@@ -479,7 +491,8 @@ class UNetModel(UNetTrunk):
     many channels are then required (see `conditions`); vectors join the embedding of the time, tokens every attention
     as further keys and values (GLIDE, arXiv 2112.10741). num_heads_upsample: heads of the upward path, -1 as
     num_heads; both count only when num_head_channels is -1. conv_resample: with weights (else average / nearest).
-    use_fp16: a wish, for the programs, that convert_to_fp16 be called once the weights are loaded.
+    checkpoint_levels: of so many levels, from the finest on, the blocks are recomputed in the backward pass; those of
+    all with use_checkpoint. use_fp16: a wish, for the programs, that convert_to_fp16 be called once the weights are loaded.
     Raises ValueError for widths, sizes or heads that do not divide.
     """
 
@@ -487,7 +500,7 @@ class UNetModel(UNetTrunk):
                  dropout=0, channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None,
                  use_checkpoint=False, use_fp16=False, num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
                  use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False,
-                 vector_channels=None, token_channels=None):
+                 vector_channels=None, token_channels=None, checkpoint_levels=0):
         super().__init__(locals())
         self._check_size("image_size", _sides(image_size))
         self.output_blocks = self._build_output_blocks()
@@ -504,18 +517,18 @@ class UNetModel(UNetTrunk):
                 layers = self._stage(level, width + skips.pop(), self.num_heads_upsample)
                 width = self._width(level)
                 if level > 0 and i == self.num_res_blocks:
-                    layers.append(self._resample(width, up=True))
+                    layers.append(self._resample(level - 1, width, up=True))
                 blocks.append(TimestepEmbedSequential(*layers))
         return nn.ModuleList(blocks)
 
     def _half_modules(self):
         return [*super()._half_modules(), self.output_blocks]
 
-    def forward(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None):
+    def forward(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None, deep=None):
         """
         x: [N,in_channels,...]; timesteps: [N], fractional allowed; y: labels [N], if and only if num_classes is set;
         vector: [N,vector_channels] and tokens: [N,L,token_channels] likewise; token_mask: [N,L], true for the tokens
-        that count, None if all do.
+        that count, None if all do; deep: a `reuse.Deep`, where deep features are kept or, if there, taken from.
 
         Raises UsageError (a ValueError and an AssertionError) for missing or needless conditions and misshapen labels,
         ValueError for labels out of range (seen on CPU only), conditions of another shape or kind, and inputs of other
@@ -527,9 +540,15 @@ class UNetModel(UNetTrunk):
         self._check_given(vector=vector, tokens=tokens)
         emb = Activated(F.silu(self._embed(timesteps, y, vector)))
         tokens = () if tokens is None else self.token_emb(tokens, token_mask, len(x))    # [N,L,emb_channels], [N,L]
-        *skips, h = self._encode(x, emb, tokens)
-        for module in self.output_blocks:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb, *tokens)
+        depth = 0 if deep is None else deep.depth
+        if depth and deep.feature is not None:
+            skips, h = self._encode(x, emb, tokens, depth), deep.feature
+        else:
+            *skips, h = self._encode(x, emb, tokens)
+        for left in range(len(skips), 0, -1):
+            if left == depth:
+                deep.feature = h
+            h = self.output_blocks[-left](torch.cat([h, skips.pop()], dim=1), emb, *tokens)
         return self.out(h.float()).type(x.dtype)
 
 

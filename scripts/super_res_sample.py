@@ -19,6 +19,7 @@ def main():
     config.check_counts(args)
     device, folder = program.start(args, SuperResOptions, DiffusionOptions)
     model, diffusion, flags = open_super_res(args.model_path, config.explicit_flags(args), device)
+    model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
     names, conditional = program.class_names(args.model_path), flags["class_cond"]

@@ -12,6 +12,7 @@ from torch import nn as tnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusion import unet
+from guided_diffusion.memory import activation_bytes
 from guided_diffusion.nn import UsageError, normalization, timestep_embedding
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -192,7 +193,7 @@ def test_signatures_are_the_originals():
     first = ["image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions"]
     trunk = {"dropout": 0, "channel_mult": (1, 2, 4, 8), "conv_resample": True, "dims": 2}
     half = {"use_checkpoint": False, "use_fp16": False}
-    more = {"vector_channels": None, "token_channels": None}  # what the original has not, at the end
+    more = {"vector_channels": None, "token_channels": None, "checkpoint_levels": 0}  # what the original has not, at the end
     res = {"out_channels": None, "use_conv": False, "use_scale_shift_norm": False, "dims": 2, "use_checkpoint": False,
            "up": False, "down": False}
     expected = {
@@ -212,7 +213,7 @@ def test_signatures_are_the_originals():
         assert list(parameters) == required + list(optional), cls.__name__
         assert {k: p.default for k, p in parameters.items() if k in optional} == optional, cls.__name__
     assert str(inspect.signature(unet.SuperResModel)) == "(image_size, in_channels, *args, **kwargs)"
-    signature = "(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None)"
+    signature = "(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None, deep=None)"
     assert str(inspect.signature(unet.UNetModel.forward)) == signature
     assert str(inspect.signature(unet.SuperResModel.forward)) == "(self, x, timesteps, low_res=None, **kwargs)"
     assert str(inspect.signature(unet.EncoderUNetModel.forward)) == "(self, x, timesteps)"
@@ -710,7 +711,7 @@ def test_long_attention_can_be_differentiated_twice_in_the_math_kernel(monkeypat
 # ---- activation checkpointing
 
 
-def training_gradients(monkeypatch, use_checkpoint, frozen=False):
+def training_gradients(monkeypatch, use_checkpoint, frozen=False, levels=0):
     """Loss gradients with dropout, and how often the bodies of the blocks ran."""
     calls = {unet.ResBlock: 0, unet.AttentionBlock: 0}
     with monkeypatch.context() as patch:
@@ -721,7 +722,7 @@ def training_gradients(monkeypatch, use_checkpoint, frozen=False):
                 return body(self, *args)
 
             patch.setattr(cls, "_forward", counted)
-        model = tiny(dropout=0.5, use_checkpoint=use_checkpoint, num_classes=10).train()
+        model = tiny(dropout=0.5, use_checkpoint=use_checkpoint, checkpoint_levels=levels, num_classes=10).train()
         model.time_embed.requires_grad_(not frozen)
         model.middle_block.requires_grad_(not frozen)
         torch.manual_seed(11)
@@ -742,6 +743,36 @@ def test_use_checkpoint_recomputes_and_changes_no_gradient(monkeypatch, frozen):
             assert again[name] is None
         else:
             torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_finest_levels_alone_are_recomputed(monkeypatch):
+    """Of TINY's two levels: one block and no attention on the way down at the first, two on the way up."""
+    plain, calls = training_gradients(monkeypatch, False)
+    some, calls_some = training_gradients(monkeypatch, False, levels=1)
+    _, calls_all = training_gradients(monkeypatch, False, levels=2)
+    assert calls_some == calls | {unet.ResBlock: calls[unet.ResBlock] + 3}
+    assert calls_all == {cls: 2 * n for cls, n in calls.items()}
+    for name, gradient in plain.items():
+        torch.testing.assert_close(some[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_levels_that_are_recomputed_keep_less():
+    """Each level has a quarter of the positions of the one before, and keeps less."""
+
+    def kept(levels):
+        model = tiny(channel_mult=(1, 1, 1), checkpoint_levels=levels, attention_resolutions=())
+        x, t = rnd(1, 2, 3, 16, 16), torch.tensor([3, 700])
+        return activation_bytes(lambda: model(x, t).sum(), but=list(model.parameters()))
+
+    sizes = [kept(levels) for levels in (0, 1, 2, 3)]
+    saved = [a - b for a, b in zip(sizes, sizes[1:])]
+    assert saved[0] > 3 * saved[1] > 0 and saved[2] > 0
+
+
+@pytest.mark.parametrize("levels", [-1, 3])
+def test_levels_that_are_not_there(levels):
+    with pytest.raises(ValueError, match=f"--checkpoint_levels must be from 0 to 2, .* not {levels}"):
+        tiny(checkpoint_levels=levels)
 
 
 def test_use_checkpoint_keeps_less():
