@@ -85,6 +85,10 @@ def update_ema(target_params, source_params, rate=0.99, where=None):
     if where is None:
         torch._foreach_lerp_(targets, sources, 1 - rate)
         return
+    if where.device.type == "cpu":  # one pass in place of three; the kernels of a GPU take no such weights
+        shares = {dtype: where.to(dtype) * (1 - rate) for dtype in {target.dtype for target in targets}}
+        torch._foreach_lerp_(targets, sources, [shares[target.dtype] for target in targets])
+        return
     gaps = torch._foreach_sub(sources, targets)
     torch._foreach_mul_(gaps, where.to(gaps[0].dtype) * (1 - rate))
     torch._foreach_add_(targets, gaps)
