@@ -24,6 +24,7 @@ def main():
     device, folder = program.start(args, ModelOptions, DiffusionOptions, ClassifierOptions)
     explicit = config.explicit_flags(args)
     model, diffusion, flags = open_diffusion(args.model_path, explicit, device)
+    model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
     gradients, seen = [], None
     for path in args.classifier_path.split(","):
@@ -31,6 +32,7 @@ def main():
         classifier.requires_grad_(False)  # only the gradient with respect to the image is wanted
         seen = check_fit(args, flags, path, its_flags, seen)
         program.log_network(path, its_flags)
+        program.compiled(args, classifier)
         gradients.append(classifier_gradient(classifier, marginal=args.classifier_marginal))
 
     def model_fn(x, t, y=None, **cond):

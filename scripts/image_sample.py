@@ -10,6 +10,7 @@ def main():
     args = config.parse(__doc__, SampleOptions, ModelOptions, DiffusionOptions, EvaluateOptions, RunOptions)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
+    model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
     num_classes, names = 0, None

@@ -16,9 +16,10 @@ from guided_diffusion.script_util import open_super_res
 
 def main():
     args = config.parse(__doc__, SuperResSampleOptions, SuperResOptions, DiffusionOptions, EvaluateOptions, RunOptions)
-    config.check_counts(args)
+    config.check_counts(args, batch=0)
     device, folder = program.start(args, SuperResOptions, DiffusionOptions)
     model, diffusion, flags = open_super_res(args.model_path, config.explicit_flags(args), device)
+    model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
     names, conditional = program.class_names(args.model_path), flags["class_cond"]

@@ -8,10 +8,11 @@ from guided_diffusion.text_to_image import models, pipeline, prompting
 
 def main():
     args = config.parse(__doc__, TextToImageOptions, DecoderProcessOptions, EvaluateOptions, RunOptions)
-    config.check_counts(args)
+    config.check_counts(args, batch=0)
     prompts = prompting.prompts_of(args)
     device, folder = program.start(args, DecoderProcessOptions)
     decoder, diffusion, flags = models.open_decoder(args.model_path, config.explicit_flags(args), device)
+    hastened = program.hastened(args, decoder)
     larger = prompting.larger_of(args, flags, device)
     clip = prompting.clip_of(args, device)
     embeddings = prompting.embeddings_of(args, clip, prompts, flags, device)
@@ -25,7 +26,7 @@ def main():
     with scored(args, folder, device) as through:
         last = None if larger else through
         store = program.draw(
-            args, folder, diffusion, decoder, flags, args.num_samples, through=last, prompts=rows, **how
+            args, folder, diffusion, hastened, flags, args.num_samples, through=last, prompts=rows, **how
         )
         program.finish(args, store, prompts=rows, ways=ways)
         if larger:
