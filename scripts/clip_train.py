@@ -11,7 +11,7 @@ def main():
     args = config.parse(__doc__, ClipTrainOptions, ClipOptions, RunOptions)
     training.check_preset(args)
     training.check_fp32(args)
-    training.check_whole_batch(args)
+    training.check_whole(args)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "clip", ClipOptions)
     clip = models.create_clip(flags).to(device)

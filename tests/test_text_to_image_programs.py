@@ -29,7 +29,8 @@ DECODER = (
 )
 KINDS = {"clip": CLIP, "prior": PRIOR, "decoder": DECODER}
 PROMPTS = '--prompts "a dark picture" "a light picture"'
-SAMPLE = "--num_samples 4 --batch_size 4 --prior_steps 5 --timestep_respacing 3"
+WITH_PRIOR = "--prior_path prior/ema_0.9_000004.pt --prior_steps 5"
+SAMPLE = "--num_samples 4 --batch_size 4 --timestep_respacing 3"
 
 
 def write_data(path, count=24, **more):
@@ -64,7 +65,7 @@ def train(kind, folder, more=""):
     return done(f"{kind}_train", words(kind, folder, more))
 
 
-def draw(home, folder, more=PROMPTS, prior="--prior_path prior/ema_0.9_000004.pt", run=SAMPLE):
+def draw(home, folder, more=PROMPTS, prior=WITH_PRIOR, run=SAMPLE):
     """What is in the npz that is drawn, in the folder of the trained networks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -166,6 +167,7 @@ def test_two_processes_contrast_all_their_pairs(here, tmp_path):
 
 @pytest.mark.parametrize("kind, more, pattern", [
     ("clip", "--microbatch 4", "--microbatch 4: CLIP contrasts each pair with all others"),
+    ("clip", "--sharding fsdp", "--sharding fsdp: CLIP is trained in one piece"),
     ("clip", "--precision bf16", "--precision bf16: this network, a small transformer, trains in fp32"),
     ("clip", "--data_dir plain.npz", "plain.npz has no array texts .* datasets/captions.py makes it"),
     ("clip", "--data_dir numbers.npz", r"texts is int64 \[24\]; it must be one text or as many for each of 24 images"),
@@ -250,7 +252,7 @@ def test_the_batch_and_other_prompts_change_no_picture(home, drawn, tmp_path):
 def test_a_run_that_was_broken_off_ends_with_the_same_bytes(home, tmp_path, monkeypatch):
     more = f"{PROMPTS} --batch_size 1"
     draw(home, tmp_path / "whole", more)
-    line = f"--model_path decoder/ema_0.9_000004.pt --prior_path prior/ema_0.9_000004.pt {SAMPLE} {more}"
+    line = f"--model_path decoder/ema_0.9_000004.pt {WITH_PRIOR} {SAMPLE} {more}"
     monkeypatch.chdir(home)
     with monkeypatch.context() as patch:
         kept = sample_store._kept
@@ -337,7 +339,8 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     ("--prompts_file empty.txt", "empty.txt is empty: give a prompt a line"),
     ("--prompts_file latin.txt", "latin.txt is not UTF-8 text"),
     ("--prompts ''", "an empty prompt has no embedding of its own: give --prior_path, or words"),
-    ("--prompts a --prior_scale 2", "--prior_scale 2.0 has no effect without --prior_path"),
+    ("--prompts a --prior_scale 2", "--prior_scale has no effect without --prior_path"),
+    ("--images data.npz --prior_candidates 3", "--prior_candidates has no effect without --prior_path"),
     ("--prompts a --prior_path sure_prior/model000001.pt --prior_scale 2", "trained without --caption_dropout"),
     ("--prompts a --model_path sure/model000001.pt --guidance_scale 2", "without --embedding_dropout and cannot be"),
     ("--prompts a --interpolate 3", "give two or more"),
@@ -359,6 +362,7 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     ("--prompts a --super_res_path clip/model000004.pt --save_as png", "keep npz in --save_as"),
     ("--prompts a --num_samples 0", "--num_samples must be 1 or more, not 0"),
     ("--prompts a --preset fashion-mnist", "--preset fashion-mnist is a recipe for clip_train.py, prior_train.py"),
+    ("--prompts a --preset imagenet64", "--preset imagenet64: the checkpoints tell what they are: drop it"),
 ])  # fmt: skip
 def test_sampling_that_cannot_be(here, sure, tmp_path, more, pattern):
     (here / "empty.txt").write_bytes(b"")
