@@ -69,6 +69,7 @@ def sample_stream(
     progress=False,
     on_step=None,
     skip=None,
+    noise_of=None,
     **walk,
 ):
     """
@@ -85,6 +86,7 @@ def sample_stream(
     :param denoised_fn, cond_fn, guide, steer: as `GaussianDiffusion.predictor` takes them; rows are those of the walk.
     :param walk: what else `planned` takes.
     :param skip: says of the indices of a batch whether it is to be left out.
+    :param noise_of: the number whose noise a sample has, by its index; None: the index itself.
     :param on_step: called with `(indices, t, x, Prediction)` after each step, for whoever wants to watch.
     :raises ValueError: for no samples or no batch.
     """
@@ -97,10 +99,11 @@ def sample_stream(
     batches = [indices for indices in mine if not (skip and skip(indices))]
     with progress_bar(len(batches) * diffusion.num_timesteps, progress and rank == 0) as bar:
         for number, indices in enumerate(batches):
-            noise = sampling.SeededNoise(seed, indices, device)
+            numbers = indices if noise_of is None else [noise_of(i) for i in indices]
+            noise = sampling.SeededNoise(seed, numbers, device)
             y, cond = _told(indices, noise, labels, num_classes, given or {}, device)
             start = noise.normal(*shape)
-            noise = sampling.BrownianNoise(seed, indices, path, device) if path else noise
+            noise = sampling.BrownianNoise(seed, numbers, path, device) if path else noise
             steps = sampling.sample(diffusion, predict, rule, start, noise=noise, cond=cond)
             for step, (x, pred) in enumerate(inferred(steps), 1):
                 bar.update()
@@ -171,13 +174,13 @@ def reverse_process(diffusion, model, shape, count, frames=10, **how):
     return [f"{steps - t}" for t, _ in seen], [x for _, x in seen]
 
 
-def save_frames(name, diffusion, model, count, frames, **how):
+def save_frames(name, diffusion, model, count, frames, row_labels=None, **how):
     """
     NAME_frames.png, a strip with a row for each of the first samples, and NAME_frames.gif, a film of them; the other
     arguments are those of `reverse_process`.
     """
     after, seen = reverse_process(diffusion, model, count=count, frames=frames, **how)
-    pictures.strip(seen, column_labels=after).save(f"{name}_frames.png")
+    pictures.strip(seen, column_labels=after, row_labels=row_labels).save(f"{name}_frames.png")
     pictures.save_film(f"{name}_frames.gif", seen, columns=min(count, 4))
 
 

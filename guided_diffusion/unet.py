@@ -234,13 +234,15 @@ def attend(q, k, v, valid=None):
     """
     softmax(q^T k / sqrt(c)) v for each head: q [N,heads,c,L], k and v [N,heads,c,K] of any strides -> [N,heads,c,L].
 
-    valid: [N,K], true for the keys that count, at least one a sample; None: all.
+    valid: [N,K] or, if not the same for every query, [N,L,K]: true for the keys that count, at least one a query; None:
+    all.
 
     The softmax is float32 for half inputs as well (inside the fused kernel too). The gradient of the fused kernel
     cannot be differentiated again: to do that with long sequences or on a GPU, run the forward pass inside
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
-    valid = None if valid is None else valid[:, None, None]                # [N,1,1,K]
+    if valid is not None:
+        valid = valid[:, None] if valid.dim() == 3 else valid[:, None, None]   # [N,1,L or 1,K]
     if q.device.type == "cpu" and k.shape[-1] <= min(SHORT_LENGTH, 4 * q.shape[-2]):
         scale = q.shape[-2] ** -0.25  # on q and k each: less overflow in half precision than after the product
         logits = (q * scale).transpose(-1, -2) @ (k * scale)   # [N,heads,L,K]
