@@ -8,7 +8,7 @@ from guided_diffusion.text_to_image import models, pipeline, prompting
 
 def main():
     args = config.parse(__doc__, TextToImageOptions, DecoderProcessOptions, EvaluateOptions, RunOptions)
-    config.check_counts(args)
+    config.check_counts(args, batch=0)
     prompts = prompting.prompts_of(args)
     device, folder = program.start(args, DecoderProcessOptions)
     decoder, diffusion, flags = models.open_decoder(args.model_path, config.explicit_flags(args), device)
@@ -24,8 +24,9 @@ def main():
     rows = () if ways else prompts
     with scored(args, folder, device) as through:
         last = None if larger else through
+        model = program.hastened(args, decoder)
         store = program.draw(
-            args, folder, diffusion, decoder, flags, args.num_samples, through=last, prompts=rows, **how
+            args, folder, diffusion, model, flags, args.num_samples, through=last, prompts=rows, **how
         )
         program.finish(args, store, prompts=rows, ways=ways)
         if larger:
