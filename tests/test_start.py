@@ -32,7 +32,7 @@ def test_help_is_answered_before_torch_is_imported():
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
     assert len(told) == len(SCRIPTS)
     for line in told:
-        path, code, length, *modules = line.split()
+        _, code, length, *modules = line.split()
         assert code == "0" and int(length) > 300 and not HEAVY & set(modules), line
 
 
