@@ -20,8 +20,8 @@ from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
 
-PATHS = "model_path classifier_path guide_path resume_checkpoint clip_path prior_path super_res_path".split()
 LARGEST_BATCH = 256  # that --batch_size 0 takes: more is no faster
+PATHS = "model_path classifier_path guide_path resume_checkpoint clip_path prior_path super_res_path".split()
 
 
 def start(args, *settled_later):
@@ -519,33 +519,33 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
         "steer": steer_of(args, diffusion, cond_fn),
         "device": dist_util.dev(),
     }
-    args.batch_size = args.batch_size or fitting_batch(diffusion, model, count, how)
+    batch_size = args.batch_size or fitting_batch(diffusion, model, count, how)
     store = None
     if args.save_samples:
         store = SampleStore(folder, (count, height, width, flags["image_channels"]), plan_of(args, flags),
                             parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
     if store and store.finished:
         logger.log(f"{store.path} is finished already: delete {store.path}.json to draw it again")
-        drain((), store, through, args.batch_size)
+        drain((), store, through, batch_size)
         return store
-    ranks, batches = dist_util.world_size(), math.ceil(count / args.batch_size)
+    ranks, batches = dist_util.world_size(), math.ceil(count / batch_size)
     if batches < ranks:
         logger.warn(
-            f"{count} samples in batches of {args.batch_size} give work to {batches} of {ranks} processes: lower"
+            f"{count} samples in batches of {batch_size} give work to {batches} of {ranks} processes: lower"
             f" --batch_size to {math.ceil(count / ranks)}"
         )
     stream = sample_stream(
         diffusion,
         model,
         num_samples=count,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         rank=dist_util.rank(),
         num_ranks=ranks,
         progress=True,
         skip=store and store.has,
         **how,
     )
-    drain(stream, store, through, args.batch_size)
+    drain(stream, store, through, batch_size)
     if args.frames and dist_util.is_main():
         name = store.path if store else os.path.join(folder, "samples")
         rows = min(count, len(prompts) or 8, 16)

@@ -15,6 +15,7 @@ from .checkpoint import parse_resume_step_from_filename as parse_resume_step_fro
 from .compiling import compile_blocks
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm, make_adamw
 from .nn import update_ema
+from .sampling import sent
 from .sharding import shard
 from .tally import Tally, merged
 from .tasks import ClassifierTask as ClassifierTask
@@ -306,8 +307,7 @@ class Trainer:
         ranks, rank = dist_util.world_size(), dist_util.rank()
         rng = np.random.default_rng((family, self.seed, self.step))
         th.manual_seed(int(rng.integers(2**63)) + rank)  # of dropout
-        x0 = x0.to(self.device, non_blocking=True)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        x0, cond = sent(x0, self.device), {name: sent(value, self.device) for name, value in cond.items()}
         t, weights = (each[rank::ranks] for each in self.task.draw(len(x0) * ranks, self.device, rng))
         places, share = range(rank, len(x0) * ranks, ranks), Share(rng, rank, ranks)
         if self.drop and family == _TRAIN:

@@ -56,8 +56,8 @@ class Decoder(UNetModel):
     def forward(self, x, timesteps, vector=None, caption=None, tokens=None, token_mask=None, deep=None):
         """
         vector: CLIP embeddings of the pictures, as `prior.as_data` scales them, [N,D], zeros for none; caption: tokens
-        of the tokenizer [N,L], padding for none; in its place tokens and token_mask, what `encode` makes of it; deep:
-        as for UNetModel.
+        of the tokenizer [N,L], padding for none; in its place tokens and token_mask, what `encode` makes of it;
+        deep: as UNetModel takes it.
 
         Raises UsageError if the embedding is missing, ValueError as UNetModel.
         """
