@@ -1,11 +1,24 @@
 """The signals that ask a run to save and leave, and how the processes that load its images stay out of them."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+def end_with_parent():
+    """
+    What a process that is about to be started does first (`preexec_fn` of subprocess) so that it is killed when its
+    parent dies, however that dies; None where the system has no such thing.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    ask = ctypes.CDLL(None).prctl  # found before the fork, after which little is safe
+    return lambda: ask(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def heed_parent_alone(worker=None):

@@ -46,7 +46,6 @@ from evaluations import report, tables
 from evaluations.evaluator import evaluate, write
 from evaluations.features import make_extractor
 from guided_diffusion import checkpoint, generate, published, sampling, study
-from guided_diffusion.prediction import Prediction
 from guided_diffusion.script_util import open_diffusion
 
 
@@ -110,16 +109,8 @@ def stamp(path):
 def evaluations(case, guided):
     """How often the diffusion network looks at each image: counted on one pixel, twice for classifier-free guidance."""
     _, diffusion, _ = open_diffusion(case["path"])
-    rule, process = generate.planned(diffusion, sampler=case["sampler"], steps=case["steps"])
-    asked = []
-
-    def predict(x, t, **cond):
-        asked.append(t)
-        return Prediction(x, x, th.ones_like(x), th.zeros_like(x))
-
-    for _ in sampling.sample(process, predict, rule, th.zeros(1, 1, 1, 1)):
-        pass
-    return len(asked) * (1 if guided or case["scale"] == 1 else 2)
+    count = generate.count_evaluations(diffusion, sampler=case["sampler"], steps=case["steps"])
+    return count * (1 if guided or case["scale"] == 1 else 2)
 
 
 def score(args, case, folder, samples, drawn, extractor):
