@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from evaluations import gallery, intervals, paired, pages, report, tables
+from evaluations import gallery, intervals, pages, paired, report, tables
 
 GRID = 40  # images of each arm
 HEAD = "arm metric seeds mean standard_error difference difference_error low high apart".split()
@@ -37,7 +37,7 @@ def results(arms):
     found, base = [], None
     for arm in arms:
         done = {seed: run["scores"] for seed, run in arm["runs"].items() if run["scores"]}
-        scores = {name: {seed: result[name] for seed, result in done.items() if name in result} for name in tables.NAMES}
+        scores = {name: {seed: each[name] for seed, each in done.items() if name in each} for name in tables.NAMES}
         scores = {name: values for name, values in scores.items() if values}
         base = base if found else scores
         compared = {}
@@ -100,7 +100,7 @@ def page(title, arms, found, speeds, notes):
 
 def summary(found, speeds):
     """The table like the paper's: what each arm changes, what it costs, and its Frechet distance."""
-    head = "arm|changes|parameters|GFLOP an image|updates|looks a sample|images/s|FID|difference|95 % interval".split("|")
+    head = "arm|changes|parameters|GFLOP an image|updates|looks a sample|images/s|FID|difference|95 % interval"
     rows = []
     for arm in found:
         fid = arm["compared"].get("fid", {})
@@ -111,7 +111,7 @@ def summary(found, speeds):
                      shown(fid.get("difference")), interval(fid.get("difference"))])  # fmt: skip
         if not fid:
             rows[-1][7] = next((why.split(":")[0] for why in arm["failed"].values()), "-")
-    return pages.Table(head, rows)
+    return pages.Table(head.split("|"), rows)
 
 
 def metric_table(name, found):

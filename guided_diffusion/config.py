@@ -204,8 +204,8 @@ class DiffusionOptions:
     )
     learned_variance: str = option(
         "range",
-        "what the network says of the variance with --learn_sigma: its place between the two fixed ones (improved-diffusion's, and the"
-        " paper's), or, free, its logarithm, with nothing to hold it; tensors do not tell it",
+        "what the network says of the variance with --learn_sigma: its place between the two fixed ones, as the paper,"
+        " or, free, its logarithm, with nothing to hold it; tensors do not tell it",
         ("range", "free"),
     )
 

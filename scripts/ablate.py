@@ -381,10 +381,16 @@ def told(runner, failed):
                 "samples": samples[0] if samples else None,
                 "log": curves_of(where["train"], arm.args["train"].batch_size),
             }
-        changes = ", ".join(f"{name} {value}" for name, value in arm.changes.items()) or "-"
+        changes = ", ".join(" ".join(map(str, each)) for each in flat(arm.changes)) or "-"
         names = "name parameters operations evaluations iterations near".split()
         found.append({**{name: getattr(arm, name) for name in names}, "changes": changes, "runs": runs})
     return found
+
+
+def flat(changes):
+    """The words of each change: (option, value), or (section, option, value)."""
+    for name, value in changes.items():
+        yield from ((name, *each) for each in flat(value)) if isinstance(value, dict) else [(name, value)]
 
 
 def curves_of(folder, batch_size):

@@ -39,7 +39,7 @@ MACHINERY = [
     "train_util script_util watch",
     "diffusers_format",
     "convert",
-    "program study rehearsal kept",
+    "program study rehearsal kept probe",
     "doctor ablation",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library

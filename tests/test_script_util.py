@@ -51,7 +51,8 @@ SIGNATURES = {
     " use_kl=False, predict_xstart=False, rescale_timesteps=False, rescale_learned_sigmas=False,"
     " timestep_respacing='', predict='', loss_weight='unit', sigma_data=0.5, learned_variance='range')",
     "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000, class_dropout=0.0,"
-    f" network='adm', vector_channels=0, conv_resample=True, checkpoint_levels=0, residual_rescale=False,{MORE_PROCESS})",
+    f" network='adm', vector_channels=0, conv_resample=True, checkpoint_levels=0, residual_rescale=False,"
+    f"{MORE_PROCESS})",
     "create_classifier_and_diffusion": f"({CLASSIFIER}, {PROCESS}, image_channels=3, num_classes=1000,"
     f" classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0,"
     f" classifier_residual_rescale=False,{MORE_PROCESS})",
