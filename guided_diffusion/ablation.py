@@ -170,10 +170,9 @@ def _texts(value):
 
 def chosen(args):
     """{option: value} of all that is not as by default, without what a study sets itself."""
-    groups = {group for groups in GROUPS.values() for group in groups}
-    usual = {name: {group.__dataclass_fields__[name].default for group in groups if name in group.__dataclass_fields__}
-             for name in vars(args) if name not in OWN | {"explicit"}}  # fmt: skip
-    return {name: vars(args)[name] for name, defaults in usual.items() if {vars(args)[name]} != defaults}
+    names = vars(args).keys() - {"explicit"}
+    usual = next(each for each in (config.defaults(*groups) for groups in GROUPS.values()) if each.keys() == names)
+    return {name: vars(args)[name] for name in usual if name not in OWN and vars(args)[name] != usual[name]}
 
 
 def sections(study):

@@ -139,10 +139,13 @@ class Plan:
                 ("score", self.of_score(arm, seed))]  # fmt: skip
 
     def all_pieces(self):
-        """{(kind, key): recipe} of the whole study."""
+        """{(kind, key): recipe} of the whole study, without what would follow what has diverged."""
         found = [("judge", self.of_judge())] if self.judge else []
         for seed, arm in itertools.product(self.study["seeds"], self.arms):
-            found += self.pieces(arm, seed)
+            for kind, recipe in self.pieces(arm, seed):
+                found.append((kind, recipe))
+                if kept.told(self.root, kind, recipe):
+                    break
         return {(kind, kept.key(recipe)): recipe for kind, recipe in found}
 
 
@@ -191,7 +194,10 @@ def seconds_of(plan, arm, seed, speeds):
     images = plan.study["evaluation"]["samples"]
     left = 0.0
     for kind, recipe in plan.pieces(arm, seed):
-        if kept.told(plan.root, kind, recipe) is not None:
+        failed = kept.told(plan.root, kind, recipe)
+        if failed:
+            break
+        if failed is not None:
             continue
         train = arm.args["train"].batch_size
         looks = {"train": arm.iterations * train, "sample": arm.evaluations * images * FORWARD_SHARE, "score": 0}
