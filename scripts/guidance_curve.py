@@ -24,7 +24,7 @@ class CurveOptions:
     uncond_path: str = option("", "checkpoint of an unconditional diffusion model, for a classifier to guide")
     classifier_path: str = option("", "checkpoint of the classifier of noised images that guides either of them")
     guide_path: str = option("", "checkpoint of a worse model of classes, for autoguidance of --model_path")
-    reference: str = option("", "npz of real images to score against")
+    reference: str = option("", "real images to score against: npz, or a zip of pictures")
     val_data_dir: str = option("", "held-out images to try the classifier on at each noise level; empty: --reference")
     walks: str = option("ddpm:250,ddim:25", "samplers and their steps, as ddpm:250,ddim:25,heun:13")
     scales: str = option("0,0.5,1,2,4,8", "scales of classifier guidance; 0: none")

@@ -38,7 +38,7 @@ def program(script, words, output):
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for number in (1, 2):
         os.dup2(file, number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     sys.argv = [script, *map(str, words)]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 

@@ -130,7 +130,7 @@ def test_a_study_ends_with_a_table_and_marks_what_diverged(folder, whole):
 @pytest.mark.parametrize("change", ["", '"four" = { num_res_blocks = 4 }\n'])
 def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, whole, change):
     before = {path: path.stat().st_mtime_ns for path in (folder / "whole" / "work").glob("*/*/*")}
-    text = STUDY + ARM + WALK + (WILD if not change else change)
+    text = STUDY + ARM + WALK + (change or WILD)
     code, said = run(folder, text, "whole", "--run", "False")
     told = "19 pieces of work, of which 19 are done" if not change else "23 pieces of work, of which 17 are done"
     assert code == 0 and told in said
@@ -143,7 +143,7 @@ def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, w
 
 
 def test_a_study_killed_three_times_ends_with_the_same_files(folder, whole):
-    """Killed in the middle of a training, of the sampling after it, and of the last arm: aimed at files, not seconds."""
+    """Killed in a training, in the sampling after it, and in the last arm: aimed at files, not seconds."""
     text = STUDY + ARM + WALK + WILD
     for pattern, count in (("train/*/model000004.pt", 1), ("sample/*/output.txt", 2), ("score/*/scores.json", 5)):
         pid, deadline = start(folder, text, "killed"), time.monotonic() + 60
