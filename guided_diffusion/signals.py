@@ -7,18 +7,20 @@ import signal
 import sys
 import threading
 
+END_WITH = "GD_END_WITH"
 ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 def end_with_parent():
     """
-    What a process that is about to be started does first (`preexec_fn` of subprocess) so that it is killed when its
-    parent dies, however that dies; None where the system has no such thing.
+    Be killed when the parent dies, however that dies, if it is the process whose id stands in $GD_END_WITH: a program
+    that a study runs is not to go on alone. To be called where a program starts; without effect but on Linux.
     """
-    if not sys.platform.startswith("linux"):
-        return None
-    ask = ctypes.CDLL(None).prctl  # found before the fork, after which little is safe
-    return lambda: ask(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = os.environ.get(END_WITH)
+    if parent and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):  # it has died meanwhile, or this is the child of a child
+            ctypes.CDLL(None).prctl(1, 0)
 
 
 def heed_parent_alone(worker=None):

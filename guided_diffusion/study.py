@@ -43,7 +43,7 @@ class Study:
         words = [script, *map(str, words)]
         start = time.monotonic()
         # So small a network loses little by one thread; with more it stalls whenever another program wants a core.
-        how = {"env": {"OMP_NUM_THREADS": "1", **os.environ}, "preexec_fn": signals.end_with_parent()}
+        how = {"env": {"OMP_NUM_THREADS": "1", **os.environ, signals.END_WITH: str(os.getpid())}}
         command = [sys.executable, str(self.root / script), *words[1:]]
         if output is None:
             print(f"\n$ python {shlex.join(words)}", flush=True)

@@ -182,7 +182,7 @@ def measured(plan, out, device):
             rehearsed = argparse.Namespace(**{"ema_rate": "", "ema_halflife": "", "ema_power": ""} | vars(args))
             step, micro = rehearsal.Step(kind, rehearsed, flags, place), args.microbatch
             micro = micro if micro > 0 else args.batch_size
-            rate = pace.paced(lambda s=step, n=args.batch_size, m=micro: s(n, m), place, 1.0, what=f"speed of {name}")
+            rate = pace.paced(lambda s=step, n=args.batch_size, m=micro: s(n, m), place, 0.5, what=f"speed of {name}")
             known[key] = rate * args.batch_size
             kept.write_json(path, known)
         speeds[name] = known[key]

@@ -5,8 +5,17 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
+
+# What the programs import, so that each fork has it already.
+import matplotlib.figure  # noqa: F401
+import tqdm.auto
+
+from evaluations import outcome, sampled  # noqa: F401
+from guided_diffusion import ablation, rehearsal, signals, study, train_util, watch  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,9 +41,7 @@ def fork(work):
 
 def program(script, words, output):
     """Be that program, with its output in a file."""
-    from guided_diffusion import signals
-
-    (signals.end_with_parent() or int)()
+    tqdm.auto.tqdm.set_lock(threading.RLock())  # that of the parent may be held for ever by a thread that is not here
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for number in (1, 2):
         os.dup2(file, number)
@@ -44,11 +51,14 @@ def program(script, words, output):
 
 
 def run(self, script, *words, output=None):
-    """In the place of `study.Study.run`."""
-    from guided_diffusion import study
+    """In the place of `study.Study.run`; not for several at once, since a fork has one thread and the locks of all."""
+    path, parent = output or os.devnull, os.getpid()
 
-    path = output or os.devnull
-    _, status = os.waitpid(fork(lambda: program(script, words, path)), 0)
+    def work():
+        os.environ[signals.END_WITH] = str(parent)
+        program(script, words, path)
+
+    _, status = os.waitpid(fork(work), 0)
     if status:
         code = os.waitstatus_to_exitcode(status)
         raise ValueError(f"{script} ended with exit code {code}; {study.last_line(path)}")
@@ -58,8 +68,6 @@ def start(script, words, folder):
     """The id of a process that is this program, run in a folder, and forks all programs that it runs in turn."""
 
     def work():
-        from guided_diffusion import study
-
         os.setsid()
         os.chdir(folder)
         study.Study.run = run
@@ -69,8 +77,13 @@ def start(script, words, folder):
 
 
 def ended(pid):
-    """The exit code of such a process, once it has ended; negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """The exit code of such a process, once it has ended; negative for a signal. After two minutes it is killed."""
+    for _ in range(12000):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return kill(pid)
 
 
 def kill(pid):

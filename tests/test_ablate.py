@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import math
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -151,9 +153,65 @@ def test_a_study_killed_three_times_ends_with_the_same_files(folder, whole):
             assert time.monotonic() < deadline, (folder / "said.txt").read_text()
             time.sleep(0.005)
         assert forked.kill(pid) == -9
-    code, said = run(folder, text, "killed", "--parallel", "2", "--devices", "cpu")  # and ends side by side
+    code, said = run(folder, text, "killed")
     assert code == 0, said
     assert content(folder, "killed") == whole[1]
+
+
+def test_arms_run_side_by_side_each_on_a_device():
+    """Four runs on two devices: two at a time, never two on one, and one that fails does not stop the others."""
+    program, busy, seen, both = ablate(), [], [], threading.Barrier(2, timeout=30)
+
+    class Work:
+        plan = SimpleNamespace(study={"seeds": [0, 1]}, arms=[SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+
+        def judge(self, device):
+            assert not seen
+
+        def score(self, arm, seed, device):
+            busy.append(device)
+            both.wait()
+            seen.append(sorted(busy))
+            both.wait()
+            busy.remove(device)
+            raise kept.Diverged("the loss is not finite") if (arm.name, seed) == ("b", 0) else OSError("no room")
+
+    failed = program.run_all(Work(), ["cuda:0", "cuda:1"])
+    assert seen == [["cuda:0", "cuda:1"]] * 4
+    assert failed.pop(("b", 0)) == "diverged: the loss is not finite" and set(failed.values()) == {"failed: no room"}
+
+
+GUIDE = """
+[classifier]
+classifier_width = 32
+classifier_depth = 1
+classifier_attention_resolutions = ""
+classifier_channel_mult = "1,1"
+classifier_num_head_channels = 32
+iterations = 1
+num_workers = 0
+"""
+
+
+def test_a_guided_study_with_a_budget_in_seconds_goes_on_after_a_failure(folder):
+    """What the samples are guided by is trained for each arm that changes it; speeds and distances are told."""
+    text = STUDY.replace("images = 32", "seconds = 0.05").replace("[0, 1]", "[3]").replace("[arms]", GUIDE + "[arms]")
+    text = text.replace("samples = 10", "samples = 10\npoints = 1").replace("class_cond = true", "class_cond = false")
+    text = text.replace("[sample]", "[sample]\nclassifier_scale = 2")
+    text += '"clean" = { classifier = { noised = false } }\n"few" = { sample = { classes = "0:3" } }\n'
+    for attempt in (1, 2):
+        code, said = run(folder, text, "guided", "--estimate", "True", "--price", "2")
+        assert code == 2 and "few, seed 3: failed: scripts/classifier_sample.py ended with exit code 2; --cl" in said
+        assert "came to nothing, and will be tried again by the same command: few, seed 3" in said
+        assert "10 pieces of work, of which 0 are done" in said if attempt == 1 else "of which 8 are done" in said
+        assert "at 2 an hour" in said
+    found = json.loads((folder / "guided" / "results.json").read_text())["arms"]
+    assert [bool(arm["scores"]) for arm in found] == [True, True, False] and list(found[2]["failed"]) == ["3"]
+    speeds = json.loads((folder / "guided" / "speed.json").read_text())
+    assert len(speeds) == 3  # one network, one judge, one guide: "clean" trains it in the same time
+    assert found[0]["iterations"] in [max(1, math.ceil(0.05 * speed / 4 - 1e-9)) for speed in speeds.values()]
+    assert len(found[0]["curves"]["3"]["fid"][0]) == 1
+    assert len(list((folder / "guided" / "work").glob("classifier/*/done.json"))) == 2
 
 
 # -------------------------------------------------------------------------------------------------------- bad studies
