@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes that take a file of tests at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo toy test test-all lint clean
+.PHONY: demo demo-text toy test test-all lint clean
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,9 @@ toy: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+demo-text: .venv/installed
+	$(BIN)/python scripts/demo_text.py
 
 test: .venv/installed
 	$(PYTEST)

@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import setup
 
 DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "scikit-learn>=1.3", "tensorboard>=2.14", "safetensors>=0.4"]
-DEV += ["diffusers>=0.30", "lmdb>=1.4"]
+DEV += ["diffusers>=0.30", "lmdb>=1.4", "transformers>=5"]
 EVAL = ["torch-fidelity>=0.4", "torchvision"]  # DINOv2 and CLIP features; pin torch beside it, or pip exchanges it
 MPI = ["mpi4py>=4", "mpich>=4"]
 
@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     # `datasets` and `scripts` stay programs beside the package: as installed names they would hide other packages.
-    packages=["guided_diffusion", "evaluations"],
+    packages=["guided_diffusion", "guided_diffusion.text_to_image", "evaluations"],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -26,5 +26,6 @@ setup(
         "Pillow>=9.1",
         "matplotlib>=3.7",
     ],
-    extras_require={"mpi": MPI, "eval": EVAL, "demo": ["scikit-learn>=1.3"], "lmdb": ["lmdb>=1.4"], "dev": DEV},
+    extras_require={"mpi": MPI, "eval": EVAL, "demo": ["scikit-learn>=1.3"], "lmdb": ["lmdb>=1.4"],
+                    "transformers": ["transformers>=5"], "dev": DEV},
 )

@@ -1,9 +1,10 @@
 """
 Pictures with captions in one npz that the training programs read: arr_0, arr_1, texts, vectors, text_encoder.
 
-SRC is labelled images (a folder or an npz, as for training), whose captions are templates filled with the class, or an
-npz with `images` and `texts`. In a template {class} stands for the name of the class, {word} for the same with a
-number from 0 to 9 spelt out. Vectors are made by an encoder of guided_diffusion/text.py, or come from a file.
+SRC is labelled images (a folder or an npz, as for training), whose captions are templates filled with the class, or one
+text a class (--class_texts), or an npz with `images` and `texts`. In a template {class} stands for the name of the
+class, {word} for the same with a number from 0 to 9 spelt out. Vectors are made by an encoder of
+guided_diffusion/text.py, or come from a file.
 """
 
 import argparse
@@ -23,6 +24,13 @@ NUMBER_TEMPLATES = (
     "{word}", "{class}", "a handwritten {word}", "a {word} written by hand", "the digit {class}", "digit {word}",
     "the number {word}", "number {class}",
 )  # fmt: skip
+CLASS_TEXTS = {
+    "fashion-mnist": (
+        "An image of a t-shirt/top", "An image of trousers", "An image of a pullover", "An image of a dress",
+        "An image of a coat", "An image of a sandal", "An image of a shirt", "An image of a sneaker",
+        "An image of a bag", "An image of an ankle boot",
+    ),
+}  # fmt: skip
 NUMBER_HOLD_OUT = ("a picture of a {word}", "the handwritten number {class}", "please draw {word}")
 
 
@@ -75,7 +83,7 @@ def captioned(source, image_size, image_channels):
 
 
 def vectors_of(texts, encoder, path):
-    """float32 [N,M,D] for texts [N,M]: each text encoded once, or those of a file; ValueError if it does not fit."""
+    """float32 [N,M,D] for texts [N,M]: each encoded once, or those of a file, which must fit, else ValueError."""
     if path:
         vectors = text.read_vectors(path)
         if vectors.shape[:-1] not in (texts.shape, texts.shape[:1]):
@@ -86,35 +94,84 @@ def vectors_of(texts, encoder, path):
     return text.encode(encoder, unique.tolist())[place.reshape(texts.shape)]
 
 
+def phrasings(names, templates=None, hold_out=None, class_texts=None):
+    """(texts of each class [K,M], a list of (text kept apart, label)) as `write_captions` is asked for them."""
+    if class_texts:
+        return text_of_each_class(class_texts, names, templates, hold_out)[:, None], []
+    numbers = all(name in map(str, range(10)) for name in names)
+    templates = templates or (NUMBER_TEMPLATES if numbers else TEMPLATES)
+    hold_out = (NUMBER_HOLD_OUT if numbers else ()) if hold_out is None else hold_out
+    both = set(templates) & set(hold_out)
+    if both:
+        raise ValueError(f"{both.pop()!r} is both a template and held out: choose")
+    apart = [(fill(template, name), y) for template in hold_out for y, name in enumerate(names)]
+    return np.array([[fill(template, name) for template in templates] for name in names]), apart
+
+
+def text_of_each_class(class_texts, names, templates, hold_out):
+    """
+    The one text of every class, in the order of the labels; those of a name in CLASS_TEXTS, or given.
+
+    :raises ValueError: if they are not as many as the classes, or phrasings are asked for as well.
+    """
+    if templates or hold_out:
+        raise ValueError("--class_texts say all of a class: drop --templates and --hold_out")
+    texts = CLASS_TEXTS.get(class_texts[0], class_texts) if len(class_texts) == 1 else class_texts
+    if len(texts) != len(names):
+        listed = f"{len(names)} classes: {', '.join(names)}"
+        raise ValueError(f"--class_texts are {len(texts)}, and the images have {listed}")
+    return np.array(texts)
+
+
+def parted(arrays, count):
+    """
+    Two npz of one: without `count` images, drawn by a fixed seed, and those alone; each in the order that they had.
+
+    :raises ValueError: if there are not more images than that.
+    """
+    total = len(arrays["arr_0"])
+    if not 0 < count < total:
+        raise ValueError(f"--val_count {count} of {total} images: hold out at least 1 and fewer than all")
+    apart = np.zeros(total, bool)
+    apart[np.random.default_rng(0).permutation(total)[:count]] = True
+    each = {"arr_0", "arr_1", "texts", "vectors"}
+    return [{name: a[rows] if name in each else a for name, a in arrays.items()} for rows in (~apart, apart)]
+
+
 def write_captions(source, out, image_size, image_channels=3, templates=None, hold_out=None, encoder="hashing:512",
-                   vectors=None):
+                   vectors=None, class_texts=None, val_out=None, val_count=0):
     """
     Write the npz and return its texts [N,M].
 
     :param templates: phrasings of a class; None: a few usual ones. :param hold_out: phrasings that are filled in for
         every class and kept apart, as `held_out` [H] with `held_out_labels`, to try the model on.
+    :param class_texts: instead of phrasings the one text of each class, or a name in CLASS_TEXTS.
+    :param val_out: npz that so many of the images, `val_count`, are held out in; None: all are in `out`.
     :param vectors: npy file of the texts' vectors, in the order of `texts` as an earlier run wrote them, or None.
     :raises ValueError, OSError: for a source, templates, vectors or an encoder that cannot be used.
     """
-    arrays = {"text_encoder": np.array(text.PRECOMPUTED if vectors else encoder)}
+    arrays = {}
     given = captioned(source, image_size, image_channels) if source.endswith(".npz") and Path(source).exists() else None
     if given:
+        if class_texts:
+            raise ValueError(f"{source} has texts of its own: drop --class_texts")
         arrays["arr_0"], texts = given
     else:
         arrays["arr_0"], labels, names = labelled(source, image_size, image_channels)
-        numbers = all(name in map(str, range(10)) for name in names)
-        templates = templates or (NUMBER_TEMPLATES if numbers else TEMPLATES)
-        hold_out = (NUMBER_HOLD_OUT if numbers else ()) if hold_out is None else hold_out
-        both = set(templates) & set(hold_out)
-        if both:
-            raise ValueError(f"{both.pop()!r} is both a template and held out: choose")
-        texts = np.array([[fill(template, name) for template in templates] for name in names])[labels]    # [N,M]
-        apart = [(fill(template, name), y) for template in hold_out for y, name in enumerate(names)]
+        phrased, apart = phrasings(names, templates, hold_out, class_texts)
+        texts = phrased[labels]                                                   # [N,M]
         arrays |= {"arr_1": labels, "class_names": np.array(names)}
         arrays |= {"held_out": np.array([t for t, _ in apart]), "held_out_labels": np.array([y for _, y in apart])}
-    arrays |= {"texts": texts, "vectors": vectors_of(texts, encoder, vectors)}
-    with checkpoint.writing(out) as file:
-        np.savez_compressed(file, **arrays)
+    arrays["texts"] = texts
+    if vectors or encoder != "none":
+        arrays["text_encoder"] = np.array(text.PRECOMPUTED if vectors else encoder)
+        arrays["vectors"] = vectors_of(texts, encoder, vectors)
+    if bool(val_out) != bool(val_count):
+        raise ValueError("--val_out and --val_count, a file and how many images it gets, go together: give both")
+    parts = parted(arrays, val_count) if val_out else [arrays]
+    for path, part in zip((out, val_out), parts):
+        with checkpoint.writing(path) as file:
+            np.savez_compressed(file, **part)
     return texts
 
 
@@ -126,7 +183,16 @@ def main():
     parser.add_argument("--image_channels", type=int, default=3, help="1 grey, 3 colour, 4 with alpha (default: 3)")
     parser.add_argument("--templates", nargs="+", help="phrasings, as 'a picture of a {class}' (default: usual ones)")
     parser.add_argument("--hold_out", nargs="*", help="phrasings to keep apart for trying the model")
-    parser.add_argument("--encoder", default="hashing:512", help="text encoder and width (default: hashing:512)")
+    parser.add_argument(
+        "--class_texts", nargs="+",
+        help="instead of phrasings one text a class, each in quotes and in the order of the labels, or fashion-mnist",
+    )  # fmt: skip
+    parser.add_argument("--val_out", help="npz for images that are held out, drawn at random but always the same")
+    parser.add_argument("--val_count", type=int, default=0, help="how many images --val_out gets (default: 0)")
+    parser.add_argument(
+        "--encoder", default="hashing:512",
+        help="text encoder and width; none: no vectors, for CLIP, which reads texts (default: hashing:512)",
+    )  # fmt: skip
     parser.add_argument("--vectors", help="npy file of the vectors of the texts, computed elsewhere, as by CLIP")
     args = parser.parse_args()
     texts = write_captions(**vars(args))

@@ -58,13 +58,17 @@ class _ImageSize:
 
 
 @dataclass
-class _Data:
+class _Channels:
     image_channels: int = option(3, "channels of the images: 3 for colour, 1 for grey")
+
+
+@dataclass
+class _Data(_Channels):
     num_classes: int = option(1000, "number of classes that the labels name")
 
 
 @dataclass
-class _Network(_Data):
+class _Trunk:
     num_channels: int = option(128, "base width; every level's width is this times its factor in --channel_mult")
     num_res_blocks: int = option(2, "residual blocks a level")
     num_heads: int = option(4, "attention heads, unless --num_head_channels is given")
@@ -77,18 +81,22 @@ class _Network(_Data):
         " 256, 128 and 64; below 64: 1,2,2,2 cut to the halvings that leave 4 pixels or more, if 8 or fewer are left",
     )
     dropout: float = option(0.0, "probability of dropping a feature in the residual blocks")
-    class_cond: bool = option(False, "give the class label to the network")
-    class_dropout: float = option(
-        0.0,
-        "train without the label this often, as 0.1, for classifier-free guidance: the network then has one class"
-        " more, numbered num_classes, that stands for no label; a vector is dropped with it, zeros standing for none",
-    )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "time and class scale and shift the features instead of adding to them")
     resblock_updown: bool = option(False, "resample inside residual blocks (BigGAN) instead of by a convolution")
     use_fp16: bool = option(False, "16-bit floating point in the body of the network")
     use_new_attention_order: bool = option(
         False, "attention weights split into q, k, v before heads; only the published 64x64 model has it"
+    )
+
+
+@dataclass
+class _Network(_Trunk, _Data):
+    class_cond: bool = option(False, "give the class label to the network")
+    class_dropout: float = option(
+        0.0,
+        "train without the label this often, as 0.1, for classifier-free guidance: the network then has one class"
+        " more, numbered num_classes, that stands for no label; a vector is dropped with it, zeros standing for none",
     )
 
 
@@ -190,6 +198,84 @@ class DiffusionOptions:
     )
 
 
+@dataclass
+class CaptionOptions:
+    """captions"""
+
+    context_length: int = option(
+        64, "tokens of a caption: its bytes in UTF-8, a start and an end; what is longer is cut, with a warning"
+    )
+
+
+@dataclass
+class ClipOptions(CaptionOptions, _Channels, _ImageSize):
+    """CLIP"""
+
+    clip_size: int = option(256, "width of the space in which pictures and captions meet")
+    patch_size: int = option(4, "side in pixels of the patches that the image encoder sees; it divides --image_size")
+    image_width: int = option(256, "width of the image encoder, a transformer")
+    image_layers: int = option(6, "layers of the image encoder")
+    image_heads: int = option(8, "attention heads of the image encoder")
+    text_width: int = option(256, "width of the text encoder, a transformer")
+    text_layers: int = option(6, "layers of the text encoder")
+    text_heads: int = option(8, "attention heads of the text encoder")
+    dropout: float = changed(_Trunk, "dropout", 0.0, "probability of dropping a feature in the transformers")
+    image_mean: float = option(0.5, "mean of the data's pixels, which span 0 to 1, by which CLIP normalizes images")
+    image_std: float = option(0.5, "standard deviation of the data's pixels, likewise")
+
+
+@dataclass
+class PriorOptions:
+    """prior"""
+
+    prior_width: int = option(256, "width of the prior, a transformer")
+    prior_layers: int = option(6, "layers of the prior")
+    prior_heads: int = option(8, "attention heads of the prior")
+    prior_dropout: float = option(0.0, "probability of dropping a feature in the prior")
+
+
+@dataclass
+class DecoderOptions(CaptionOptions, _Trunk, _Channels, _ImageSize):
+    """decoder"""
+
+    conv_resample: bool = changed(ModelOptions, "conv_resample", True)
+    image_tokens: int = option(4, "tokens that the embedding of the picture makes for every attention")
+    text_width: int = changed(
+        ClipOptions, "text_width", 128, "width of the tokens, and of the decoder's own text encoder"
+    )
+    text_layers: int = changed(
+        ClipOptions, "text_layers", 4, "layers of that text encoder; 0: captions are not looked at"
+    )
+    text_heads: int = changed(ClipOptions, "text_heads", 8, "attention heads of that text encoder")
+    text_dropout: float = option(0.0, "probability of dropping a feature in that text encoder")
+
+
+@dataclass
+class ClipSizes:
+    """what its CLIP settles of a prior or a decoder; in config.json, and no flags"""
+
+    clip_size: int = changed(ClipOptions, "clip_size", 256)
+    token_size: int = option(256, "width of the features of captions")
+
+
+@dataclass
+class DecoderProcessOptions(DiffusionOptions):
+    """diffusion process"""
+
+    noise_schedule: str = changed(DiffusionOptions, "noise_schedule", "cosine")
+
+
+@dataclass
+class PriorProcessOptions(DecoderProcessOptions):
+    """diffusion process"""
+
+    predict: str = changed(
+        DiffusionOptions, "predict", "x0", "what the network predicts of an embedding; as for images, the clean one"
+        " being that of unCLIP",
+    )  # fmt: skip
+    sigma_small: bool = changed(DiffusionOptions, "sigma_small", True)
+
+
 # ---------------------------------------------------------------------------------------------------------- programs
 
 
@@ -201,8 +287,9 @@ class RunOptions:
     preset: str = option(
         "",
         "take the flags of a published model, but for those typed: of its network and its process; in sampling also its"
-        " files, which are downloaded once, its steps and its scale of guidance",
-        tuple(presets.PRESETS),
+        " files, which are downloaded once, its steps and its scale of guidance; in training a cascade from text to"
+        " image, those of a recipe",
+        (*presets.PRESETS, *presets.RECIPES),
     )
     device: str = option("", "cpu, cuda, cuda:1, mps...; empty: a GPU if there is one")
     precision: str = option(
@@ -252,9 +339,10 @@ class _Training:
     force: bool = option(False, "go on from checkpoints though the seed or the data are not those they were made with")
     lr_schedule: str = option(
         "linear",
-        "how the rate falls to 0 over the updates of annealing: linear, cosine, or constant until they are done",
+        "how the rate falls to --lr_min over the updates of annealing: linear, cosine, or constant until they are done",
         ("linear", "cosine", "constant"),
     )
+    lr_min: float = option(0.0, "what the rate falls to instead of 0")
     lr_warmup: int = option(0, "let the rate rise linearly over the first so many updates")
     keep_last: int = option(0, "keep only so many of the newest checkpoints; 0: all")
     keep_every: int = option(0, "of the older ones, keep those whose update this divides; 0: none of them")
@@ -320,12 +408,19 @@ class TrainOptions(_Training):
 
 
 @dataclass
-class WatchOptions:
+class PictureOptions:
     """watching"""
 
     sample_interval: int = option(
         0, "updates between two pictures of samples, drawn with the first of the averaged weights; 0: none"
     )
+    sample_steps: int = option(50, "steps of DDIM for these samples")
+
+
+@dataclass
+class WatchOptions(PictureOptions):
+    """watching"""
+
     eval_every: int = option(
         0,
         "updates between two Frechet distances of such samples to the held-out images, or else the training images, in"
@@ -335,7 +430,6 @@ class WatchOptions:
     eval_extractor: str = option(
         "inception", "whose features --eval_every compares: inception, or the checkpoint of a classifier of such images"
     )
-    sample_steps: int = option(50, "steps of DDIM for these samples")
 
 
 @dataclass
@@ -346,6 +440,37 @@ class SuperResTrainOptions(TrainOptions):
         0.0,
         "add noise to the small images, of a standard deviation drawn from 0 to this for each, pixels spanning -1 to 1:"
         " the network then forgives the faults of drawn images (conditioning augmentation); 0: none",
+    )
+
+
+@dataclass
+class ClipTrainOptions(TrainOptions):
+    """training"""
+
+    crop_padding: int = option(0, "shift training pictures at random by up to so many pixels, black coming in")
+
+
+@dataclass
+class _OfClip:
+    clip_path: str = option(
+        "", "checkpoint of the CLIP whose embeddings count; empty: the one that the run to go on from was trained with"
+    )
+
+
+@dataclass
+class PriorTrainOptions(_OfClip, TrainOptions):
+    """training"""
+
+    caption_dropout: float = option(0.1, "train without the caption this often, for --prior_scale")
+
+
+@dataclass
+class DecoderTrainOptions(_OfClip, TrainOptions):
+    """training"""
+
+    embedding_dropout: float = option(0.1, "train without the embedding of the picture this often, for guidance")
+    caption_dropout: float = changed(
+        PriorTrainOptions, "caption_dropout", 0.5, "train without the caption this often, independently"
     )
 
 
@@ -370,7 +495,9 @@ class _Sampling:
         " beside it, its name or its tensors spare the network's flags (docs/checkpoints.md)",
     )
     num_samples: int = option(10000, "images to draw")
-    batch_size: int = changed(_Training, "batch_size", 16)
+    batch_size: int = changed(
+        _Training, "batch_size", 16, "images at once in each process; 0: as many as fit in memory, by trying, up to 256"
+    )
     clip_denoised: bool = option(True, "clip each predicted clean image to the range of pixels")
     use_ddim: bool = option(False, "sample by DDIM instead of the ancestral DDPM")
     eta: float = option(0.0, "noise of DDIM, and of other samplers that have it: 0 none, 1 as much as DDPM")
@@ -382,11 +509,6 @@ class _Sampling:
     )
     brownian: bool = option(
         False, "noise of one Brownian path a sample, the same for any number of steps, in place of fresh noise"
-    )
-    classes: str = option(
-        "",
-        "labels or class names to draw in turn, as 3,7; all: every class in turn; with numbers of images, as"
-        " 3:100,7:50, so many of each, one after the other; empty: random",
     )
     save_as: str = option(
         "npz", "files for the samples: npz; png, a folder of pictures named CLASS_NUMBER; zip, of the same; or several"
@@ -437,6 +559,11 @@ class _Sampling:
 class SampleOptions(_Sampling):
     """sampling"""
 
+    classes: str = option(
+        "",
+        "labels or class names to draw in turn, as 3,7; all: every class in turn; with numbers of images, as"
+        " 3:100,7:50, so many of each, one after the other; empty: random",
+    )
     prompts: tuple = option(
         (),
         "texts to draw in turn, each in quotes, from a model of captioned images; encoded as its captions were",
@@ -462,7 +589,7 @@ class SuperResSampleOptions(_Sampling):
     )
     repeat_base: bool = option(False, "begin again with the first base sample where --num_samples are more than those")
     classes: str = changed(
-        _Sampling, "classes", "", "labels or class names of the base samples in turn, as 3,7; empty: their own"
+        SampleOptions, "classes", "", "labels or class names of the base samples in turn, as 3,7; empty: their own"
     )
     label_from: str = changed(_Training, "label_from", "auto")
     background: str = changed(_Training, "background", "white")
@@ -472,6 +599,39 @@ class SuperResSampleOptions(_Sampling):
         0.0,
         "standard deviation of the noise added to the base samples, of which pixels span -1 to 1",
     )
+
+
+@dataclass
+class TextToImageOptions(_Sampling):
+    """sampling"""
+
+    model_path: str = changed(_Sampling, "model_path", "", "checkpoint of the decoder (decoder_train.py)")
+    prior_path: str = option(
+        "", "checkpoint of the prior (prior_train.py); empty: the decoder is given the embeddings of texts themselves"
+    )
+    clip_path: str = changed(
+        _OfClip, "clip_path", "", "checkpoint of the CLIP; empty: the one that the decoder was trained with"
+    )
+    super_res_path: str = option(
+        "", "checkpoint of a super-resolution model (super_res_train.py), which enlarges what the decoder draws"
+    )
+    prompts: tuple = changed(
+        SampleOptions, "prompts", (), "texts to draw in turn, each in quotes; an empty one: anything"
+    )
+    prompts_file: str = option("", "text file of prompts, one a line, in UTF-8, after those of --prompts")
+    images: str = option(
+        "",
+        "folder or file of pictures to draw variations of, in turn, by their embeddings, instead of prompts",
+    )
+    interpolate: int = option(
+        0, "draw so many pictures on the way from each prompt or picture to the next, both included; 0: none"
+    )
+    num_samples: int = changed(_Sampling, "num_samples", 16)
+    prior_scale: float = option(1.0, "classifier-free guidance of the prior; 1: none")
+    prior_steps: int = option(64, "steps of the prior, or as many as it has; 0: all")
+    prior_candidates: int = option(2, "embeddings drawn for each image, of which the one nearest to the text is kept")
+    use_captions: bool = option(True, "show the decoder the text besides the embedding")
+    force: bool = changed(_Training, "force", False, "take a CLIP other than the prior or the decoder was trained with")
 
 
 @dataclass
@@ -553,7 +713,9 @@ class InvertOptions(_OfImages):
     max_sigma: float = option(
         80.0, "noise level where latents stand; further up, a network that predicts noise says nothing of the image"
     )
-    interpolate: int = option(0, "pictures between the latents of each image and the next; 0: none")
+    interpolate: int = changed(
+        TextToImageOptions, "interpolate", 0, "pictures between the latents of each image and the next; 0: none"
+    )
 
 
 @dataclass
@@ -866,11 +1028,11 @@ def side_of(flags):
 
 
 def check_watching(args):
-    """Raise ValueError if WatchOptions are out of range, or cannot be had with the other options."""
+    """Raise ValueError if WatchOptions, or PictureOptions, are out of range or contradict the other options."""
     for name, least in (("sample_interval", 0), ("eval_every", 0), ("eval_samples", 2), ("sample_steps", 1)):
-        if getattr(args, name) < least:
+        if getattr(args, name, least) < least:
             raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
-    if args.sharding != "none" and (args.sample_interval or args.eval_every):
+    if args.sharding != "none" and (args.sample_interval or getattr(args, "eval_every", 0)):
         raise ValueError("--sample_interval and --eval_every draw with a whole network: not with --sharding fsdp")
 
 
@@ -890,11 +1052,11 @@ def log_formats(args, main):
     return args.log_formats.split(",") if args.log_formats and main else None
 
 
-def check_counts(args):
-    """Raise ValueError unless there is an image to draw or score, and one at a time at least."""
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+def check_counts(args, batch=1):
+    """Raise ValueError unless there is an image to draw or score, and `batch` at a time at least."""
+    for name, least in (("num_samples", 1), ("batch_size", batch)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
 
 
 def check_sides(flags):
@@ -996,9 +1158,13 @@ def nulls(flags):
     return found if rate else {}
 
 
-def check_guidance(args, flags):
-    """Raise ValueError if SampleOptions ask a model of these flags for guidance that it cannot give."""
-    if args.guidance_scale != 1 and not nulls(flags) and not args.guide_path:
+def check_guidance(args, null):
+    """
+    Raise ValueError if SampleOptions ask a model for guidance that it cannot give.
+
+    :param null: what stands for no condition, as `nulls` tells.
+    """
+    if args.guidance_scale != 1 and not null and not args.guide_path:
         raise ValueError(
             f"--guidance_scale {args.guidance_scale}: the model was trained without --class_dropout and cannot predict"
             " without a condition: keep 1, train with --class_dropout 0.1, give a worse model by --guide_path, or guide"

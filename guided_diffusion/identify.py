@@ -10,12 +10,28 @@ import math
 import re
 
 from . import checkpoint, config, logger, presets, recognition
-from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions
+from .config import (
+    ClassifierOptions,
+    ClipOptions,
+    ClipSizes,
+    DecoderOptions,
+    DecoderProcessOptions,
+    DiffusionOptions,
+    ModelOptions,
+    PriorOptions,
+    PriorProcessOptions,
+    SuperResOptions,
+)
 
 GROUPS = {
     "diffusion": (ModelOptions, DiffusionOptions),
     "super_res": (SuperResOptions, DiffusionOptions),
     "classifier": (ClassifierOptions, DiffusionOptions),
+}
+TOLD_GROUPS = {  # of networks that only their config.json tells of
+    "clip": (ClipOptions,),
+    "prior": (PriorOptions, PriorProcessOptions, config.CaptionOptions, ClipSizes),
+    "decoder": (DecoderOptions, DecoderProcessOptions, ClipSizes),
 }
 SIZES = {"diffusion": "image_size", "super_res": "large_size", "classifier": "image_size"}
 # Whoever types others of the flags that tensors tell does it the original's way, where all others have defaults.
@@ -36,6 +52,8 @@ def identify(path, kind, state, explicit=None, preset=""):
     :raises ValueError: if these are no weights of such a network, if what is told contradicts them, or if flags remain
         open: which, and what would do.
     """
+    if kind in TOLD_GROUPS:
+        return _told(path, kind, explicit or {})
     defaults = config.defaults(*GROUPS[kind])
     content = checkpoint.read_config(path)
     sources = _sources(path, kind, content, explicit or {}, preset, defaults)
@@ -63,6 +81,14 @@ def identify(path, kind, state, explicit=None, preset=""):
     process = config.defaults(DiffusionOptions)
     flags = flags | wrong
     return {name: flags[name] for name in flags if kind != "classifier" or name in known or name not in process}
+
+
+def _told(path, kind, explicit):
+    defaults, content = config.defaults(*TOLD_GROUPS[kind]), checkpoint.read_config(path)
+    if content is None:
+        raise ValueError(f"nothing tells what {path} is: put the config.json of the run that made it beside it")
+    explicit = {name: value for name, value in explicit.items() if name in defaults}
+    return defaults | _flags_of_config(checkpoint.where_config(path), kind, content, defaults) | explicit
 
 
 def _sources(path, kind, content, explicit, preset, defaults):

@@ -34,16 +34,17 @@ def load_data(
     *, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False, random_flip=True,
     image_channels=3, num_classes=None, num_workers=1, seed=0, skip_bad_images=False, class_names=None,
     label_from="auto", rank=0, num_ranks=1, first_batch=0, vector_channels=0, once=False, background=BACKGROUND,
+    captions=False,
 ):  # fmt: skip
     """
     Open `data_dir` and return an `ImageBatches`: an iterator, endless but with `once`, of (x0, cond), where x0 is
-    float32 [N,C,H,W] in [-1,1] and cond holds, with `class_cond`, "y" int64 [N] and, with `vector_channels`, "vector"
-    float32 [N,D].
+    float32 [N,C,H,W] in [-1,1] and cond holds, with `class_cond`, "y" int64 [N], with `vector_channels`, "vector"
+    float32 [N,D] and, with `captions`, "text" int64 [N], numbers of texts in the stream's `texts`.
 
     :param data_dir: a folder of images (searched in depth), a zip or tar of them, an LMDB; or arrays: an npz file with
         `arr_0` uint8 [N,H,W,C] and, for labels, `arr_1` integers [N], for vectors `vectors` floats [N,D] or, where an
-        image has M texts, [N,M,D]; an npy, which is not loaded but mapped, with NAME_labels.npy or labels.npy beside
-        it; an idx file; batches of CIFAR.
+        image has M texts, [N,M,D], for captions `texts` [N] or [N,M]; an npy, which is not loaded but mapped, with
+        NAME_labels.npy or labels.npy beside it; an idx file; batches of CIFAR.
     :param batch_size: images in a batch of this rank.
     :param image_size: side in pixels, or (height, width).
     :param deterministic: keep the order of the files in every epoch.
@@ -57,7 +58,8 @@ def load_data(
         below data_dir; "csv" = labels.csv, "json" = dataset.json in data_dir; "auto" = one of these files where it is,
         else prefix where every name has one and they differ, else folder.
     :param vector_channels: D, the width of the vectors to give with the images; 0: none. Of M vectors one is drawn for
-        each image in each epoch.
+        each image in each epoch; of M texts likewise, the same one.
+    :param captions: give the texts of the images.
     :param first_batch: begin this many batches later; a resumed run goes on where it stopped.
     :param once: end after one pass over all images, whose last batch may be smaller or, of a rank without images,
         absent; an endless stream leaves out what makes no full batch.
@@ -66,7 +68,7 @@ def load_data(
         image raises ValueError from the batch that meets it.
     """
     check_background(background)
-    source = open_source(data_dir, class_cond, label_from, class_names, vector_channels)
+    source = open_source(data_dir, class_cond, label_from, class_names, vector_channels, captions)
     if once:
         batches_per_epoch = math.ceil(len(range(rank, len(source.images), num_ranks)) / max(batch_size, 1))
     else:
@@ -76,9 +78,10 @@ def load_data(
         if class_names is None:
             warn_of_gaps(source.labels, source.class_names, source.rule)
         source.class_names = source.class_names or [str(label) for label in range(source.labels.max() + 1)]
+    texts, numbers = _numbered(source.texts)
     dataset = ImageDataset(
         image_size, source.images, source.labels, random_crop=random_crop, random_flip=random_flip,
-        image_channels=image_channels, seed=seed, vectors=source.vectors, background=background,
+        image_channels=image_channels, seed=seed, vectors=source.vectors, background=background, texts=numbers,
     )
     keys = _batch_keys(
         len(dataset), batch_size, batches_per_epoch, None if deterministic else seed, rank, num_ranks, first_batch
@@ -91,7 +94,15 @@ def load_data(
         worker_init_fn=heed_parent_alone,
         generator=torch.Generator(),  # else the loader would draw from the global one
     )
-    return ImageBatches(loader, source, batches_per_epoch, source.fingerprint())
+    return ImageBatches(loader, source, batches_per_epoch, source.fingerprint(), texts)
+
+
+def _numbered(texts):
+    """(the different texts, sorted, and the number of each text among them), or (None, None) without texts."""
+    if texts is None:
+        return None, None
+    unique, numbers = np.unique(texts, return_inverse=True)
+    return unique.tolist(), numbers.reshape(texts.shape)
 
 
 def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
@@ -127,17 +138,18 @@ class ImageBatches:
 
     Attributes: `num_images` in the data; `batches_per_epoch` of this rank; `class_names` [list of str; the numbers
     where labels have no names; None without labels]; `label_rule`, a phrase for the log; `text_encoder`, the name of
-    what made the vectors, or None; `fingerprint`, a text that other data would not have (of files, their names and
-    order alone); `bad_images`, how many files were skipped so far.
+    what made the vectors, or None; `texts`, the different captions, or None; `fingerprint`, a text that other data
+    would not have (of files, their names and order alone); `bad_images`, how many files were skipped so far.
     """
 
-    def __init__(self, loader, source, batches_per_epoch, fingerprint):
+    def __init__(self, loader, source, batches_per_epoch, fingerprint, texts=None):
         self.num_images = len(source.images)
         self.batches_per_epoch = batches_per_epoch
         self.class_names = source.class_names
         self.label_rule = source.rule
         self.fingerprint = fingerprint
         self.text_encoder = source.text_encoder
+        self.texts = texts
         self._bad = set()
         self._batches = iter(loader)
 
@@ -167,15 +179,16 @@ class ImageBatches:
 
 class ImageDataset(Dataset):
     """
-    One shard of a set of images; an item is (float32 [C,H,W] in [-1,1], {"y": int64, "vector": float32 [D]}), of which
-    the dict holds what there is.
+    One shard of a set of images; an item is (float32 [C,H,W] in [-1,1], {"y": int64, "vector": float32 [D], "text":
+    int64}), of which the dict holds what there is.
 
-    `dataset[i]` draws a fresh flip, crop and vector; `dataset[epoch, i]` draws those of (seed, epoch, i).
+    `dataset[i]` draws a fresh flip, crop, vector and text; `dataset[epoch, i]` draws those of (seed, epoch, i).
 
     :param resolution: side in pixels, or (height, width).
     :param image_paths: files, or one uint8 array [N,H,W,C], or the images of a `sources.Source`.
     :param classes: a label for each, or None.
     :param vectors: floats [N,D], or [N,M,D] to draw one of M from, or None.
+    :param texts: numbers of texts [N], or [N,M] likewise, or None.
     :param background: the colour behind transparent pixels; see `decoding.decode`.
     :raises UnreadableImage: from an item whose file cannot be decoded.
     """
@@ -194,6 +207,7 @@ class ImageDataset(Dataset):
         seed=0,
         vectors=None,
         background=BACKGROUND,
+        texts=None,
     ):
         super().__init__()
         if image_channels not in MODES:
@@ -202,6 +216,7 @@ class ImageDataset(Dataset):
         self.local_images = image_paths[shard:][::num_shards]
         self.local_classes = None if classes is None else classes[shard:][::num_shards]
         self.local_vectors = None if vectors is None else vectors[shard:][::num_shards]
+        self.local_texts = None if texts is None else texts[shard:][::num_shards]
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.mode, self.background = MODES[image_channels], background
@@ -231,16 +246,17 @@ class ImageDataset(Dataset):
         if self.local_classes is not None:
             cond["y"] = np.array(self.local_classes[index], dtype=np.int64)
         if self.local_vectors is not None:
-            cond["vector"] = self._vector(index, key)
+            cond["vector"] = self._one_of(self.local_vectors[index].astype(np.float32), 1, key)    # [D]
+        if self.local_texts is not None:
+            cond["text"] = np.array(self._one_of(self.local_texts[index], 0, key), dtype=np.int64)
         return x0, cond
 
-    def _vector(self, index, key):
-        """[D]; drawn by numbers of its own, so that crops and flips are the same with it and without."""
-        vectors = self.local_vectors[index].astype(np.float32)                    # [D] or [M,D]
-        if vectors.ndim == 1:
-            return vectors
+    def _one_of(self, values, axes, key):
+        """One of M, if there are more; drawn by numbers of its own, so that crops and flips are the same without."""
+        if values.ndim == axes:
+            return values
         rng = np.random.default_rng((_TEXT, self.seed, *key) if isinstance(key, tuple) else None)
-        return vectors[rng.integers(len(vectors))]
+        return values[rng.integers(len(values))]
 
 
 def center_crop_arr(pil_image, image_size):

@@ -12,13 +12,16 @@ import torch as th
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
 from .compiling import compile_blocks
 from .fp16_util import PRECISIONS
-from .generate import planned, sample_stream, save_class_grid, save_frames
+from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
 from .pace import convolution_rate
 from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
+
+LARGEST_BATCH = 256  # that --batch_size 0 takes: more is no faster
+PATHS = "model_path classifier_path guide_path resume_checkpoint clip_path prior_path super_res_path".split()
 
 
 def start(args, *settled_later):
@@ -32,7 +35,7 @@ def start(args, *settled_later):
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)
-    for name in vars(args).keys() & {"model_path", "classifier_path", "guide_path", "resume_checkpoint"}:
+    for name in vars(args).keys() & set(PATHS):
         paths = getattr(args, name)
         found = [published.locate(path) for path in (paths.split(",") if name == "classifier_path" else [paths])]
         setattr(args, name, ",".join(found))
@@ -109,7 +112,7 @@ def log_network(path, flags):
     logger.log(f"{path}: {', '.join(told) or 'all options at their defaults'}")
 
 
-def open_training_data(args, flags, class_cond):
+def open_training_data(args, flags, class_cond, captions=False):
     """The stream of training images; of a resumed run, from where it stopped and with the labels that it had."""
     batch = max(args.batch_size, 1) * dist_util.world_size()
     data = open_data(
@@ -122,6 +125,7 @@ def open_training_data(args, flags, class_cond):
         class_names=class_names(args.resume_checkpoint),
         vector_channels=flags.get("vector_channels", 0),
         first_batch=runs.images_seen(args.resume_checkpoint, batch) // batch,
+        captions=captions,
     )
     known = text_encoder(args.resume_checkpoint)
     if known and data.text_encoder != known:
@@ -132,7 +136,7 @@ def open_training_data(args, flags, class_cond):
     return data
 
 
-def open_validation_data(args, flags, class_cond, names):
+def open_validation_data(args, flags, class_cond, names, captions=False):
     """The stream of held-out images, from where a resumed run stopped, or None without --val_data_dir."""
     if not args.val_data_dir:
         return None
@@ -141,7 +145,7 @@ def open_validation_data(args, flags, class_cond, names):
     done = checkpoint.parse_resume_step_from_filename(args.resume_checkpoint) // args.eval_interval
     return open_data(
         args, flags, args.val_data_dir, class_cond=class_cond, random_flip=False, class_names=names,
-        vector_channels=flags.get("vector_channels", 0), first_batch=done,
+        vector_channels=flags.get("vector_channels", 0), first_batch=done, captions=captions,
     )  # fmt: skip
 
 
@@ -162,7 +166,7 @@ def open_data(args, flags, data_dir, **how):
         batch_size=args.batch_size,
         image_size=config.size_of(flags),
         image_channels=flags["image_channels"],
-        num_classes=flags["num_classes"],
+        num_classes=flags.get("num_classes"),
         num_workers=args.num_workers,
         skip_bad_images=getattr(args, "skip_bad_images", False),  # who counts each image once has no such option
         label_from=args.label_from,
@@ -173,8 +177,9 @@ def open_data(args, flags, data_dir, **how):
         **how,
     )
     names = data.class_names
-    logger.log(f"{data.num_images} images in {data_dir}, labels: {data.label_rule}")
-    if names and len(names) < flags["num_classes"]:
+    what = f"different captions: {len(data.texts)}" if data.texts else f"labels: {data.label_rule}"
+    logger.log(f"{data.num_images} images in {data_dir}, {what}")
+    if names and len(names) < flags.get("num_classes", 0):
         logger.warn(
             f"num_classes is {flags['num_classes']} but the data have {len(names)}: --num_classes {len(names)} would do"
         )
@@ -245,7 +250,7 @@ def alone():
 def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
-    names += " grad_clip max_bad_steps seed lr_schedule lr_warmup eval_interval keep_last keep_every keep_best"
+    names += " grad_clip max_bad_steps seed lr_schedule lr_min lr_warmup eval_interval keep_last keep_every keep_best"
     names += " background_save max_minutes sharding compile"
     options = {name: getattr(args, name) for name in names.split()}
     options |= {"progress": True, "flags": flags, "folder": args.checkpoint_dir or None}
@@ -281,14 +286,16 @@ def run(main):
         config.run_program(leave_together)
 
 
-def guide_of(args, flags, diffusion):
+def guide_of(args, flags, diffusion, null=None):
     """
     The guidance that SampleOptions ask for before clipping, classifier-free or by a worse model: a function from
     predictor to predictor, or None. Raises ValueError where the model, or the two, cannot give it.
 
     :param diffusion: the process that is walked.
+    :param null: what stands for no condition; None: as the flags say.
     """
-    config.check_guidance(args, flags)
+    null = config.nulls(flags) if null is None else null
+    config.check_guidance(args, null)
     first, last = rows_between(diffusion, args.guidance_interval)
     if args.guidance_scale == 1:
         return None
@@ -303,7 +310,7 @@ def guide_of(args, flags, diffusion):
         if worse:
             guided = guidance.mix(predict, worse, **how)
         else:
-            guided = guidance.classifier_free(predict, config.nulls(flags), batched=args.guidance_batched, **how)
+            guided = guidance.classifier_free(predict, null, batched=args.guidance_batched, **how)
         return guidance.interval(guided, predict, first, last) if args.guidance_interval else guided
 
     return guide
@@ -449,29 +456,54 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     labels, vectors = config.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
     given = {} if vectors is None else {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
     how = {"labels": labels, "num_classes": num_classes, "given": given}
-    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, through, **how)
+    store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, through, prompts=args.prompts, **how)
+    finish(args, store, names, args.prompts)
+
+
+def finish(args, store, names=None, prompts=(), ways=()):
+    """
+    Make of the samples of a SampleStore, or None, what the options ask for, and a picture of some. Collective.
+
+    :param names: of their classes, or None.
+    :param prompts: texts that they were drawn for in turn.
+    :param ways: names of ways that they lie on, as many on each; the picture has a row for each.
+    """
     if dist_util.is_main() and store and not store.finished:
-        labels, more = store.labels, {}
-        if args.prompts:
-            names, labels = list(args.prompts), np.arange(args.num_samples) % len(args.prompts)
+        labels, more, columns = store.labels, {}, 8
+        if ways:
+            columns = -(-len(store.images) // len(ways))
+            names, labels = list(ways), np.arange(len(store.images)) // columns
+        elif prompts:
+            names, labels = list(prompts), np.arange(len(store.images)) % len(prompts)
             more["texts"] = np.array(names)[labels]
         if args.grid:
-            save_class_grid(f"{store.path}.png", store.images, labels, names)
-        store.finish(None if args.prompts else names, **more)
+            save_class_grid(f"{store.path}.png", store.images, labels, names, columns)
+        store.finish(None if prompts or ways else names, **more)
         logger.log(f"samples: {', '.join(map(store.path_of, store.kinds))}")
     dist_util.barrier()
 
 
-def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, **how):
+def fitting_batch(diffusion, model, count, how):
+    """How many of `count` samples fit in the memory of every process at once. Collective."""
+    most = min(LARGEST_BATCH, math.ceil(count / dist_util.world_size()))
+    fits = memory.fitting(dist_util.dev(), lambda n: evaluated(n, diffusion, model, **how), most)
+    fits = min(dist_util.gather_objects(fits))
+    logger.log(f"--batch_size {fits}, which fits in memory")
+    return fits
+
+
+def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, null=None, prompts=(), **how):
     """
     Draw `count` samples as the options of sampling say, by all processes, beginning where a run that was broken off
     stopped. Returns their SampleStore, `finished` if there was nothing left to do; None with --save_samples False.
 
     :param cond_fn: see `steer_of`.
     :param through: see `write_samples`.
+    :param null: see `guide_of`.
+    :param prompts: texts that the samples are drawn for in turn, to name them in the pictures of --frames.
     :param how: what each sample is conditioned on, as `sample_stream` takes it.
     """
-    config.check_counts(args)
+    config.check_counts(args, batch=0)
     if args.frames < 0 or args.frames == 1:
         raise ValueError(f"--frames is how many pictures a walk is shown in, 2 or more, or 0, not {args.frames}")
     full, (height, width) = diffusion, config.size_of(flags)
@@ -483,37 +515,39 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
         "path": full if args.brownian else None,
         "clip_denoised": args.clip_denoised,
         "denoised_fn": guidance.dynamic_threshold(args.dynamic_threshold) if args.dynamic_threshold else None,
-        "guide": guide_of(args, flags, diffusion),
+        "guide": guide_of(args, flags, diffusion, null),
         "steer": steer_of(args, diffusion, cond_fn),
         "device": dist_util.dev(),
     }
+    batch_size = args.batch_size or fitting_batch(diffusion, model, count, how)
     store = None
     if args.save_samples:
         store = SampleStore(folder, (count, height, width, flags["image_channels"]), plan_of(args, flags),
                             parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
     if store and store.finished:
         logger.log(f"{store.path} is finished already: delete {store.path}.json to draw it again")
-        drain((), store, through, args.batch_size)
+        drain((), store, through, batch_size)
         return store
-    ranks, batches = dist_util.world_size(), math.ceil(count / args.batch_size)
+    ranks, batches = dist_util.world_size(), math.ceil(count / batch_size)
     if batches < ranks:
         logger.warn(
-            f"{count} samples in batches of {args.batch_size} give work to {batches} of {ranks} processes: lower"
+            f"{count} samples in batches of {batch_size} give work to {batches} of {ranks} processes: lower"
             f" --batch_size to {math.ceil(count / ranks)}"
         )
     stream = sample_stream(
         diffusion,
         model,
         num_samples=count,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         rank=dist_util.rank(),
         num_ranks=ranks,
         progress=True,
         skip=store and store.has,
         **how,
     )
-    drain(stream, store, through, args.batch_size)
+    drain(stream, store, through, batch_size)
     if args.frames and dist_util.is_main():
         name = store.path if store else os.path.join(folder, "samples")
-        save_frames(name, diffusion, model, min(count, 8), args.frames, **how)
+        rows = min(count, len(prompts) or 8, 16)
+        save_frames(name, diffusion, model, rows, args.frames, list(prompts[:rows]) or None, **how)
     return store

@@ -292,7 +292,8 @@ def _call(function, flags):
     return function(**{name: flags[name] for name in inspect.signature(function).parameters if name in flags})
 
 
-def _process(flags):
+def process_of(flags):
+    """The SpacedDiffusion of {name: value} of all options of the process."""
     if flags["learn_sigma"] and flags["sigma_small"]:
         raise ValueError("--sigma_small True: the model has a variance of its own (learn_sigma True): drop the flag")
     return _call(create_gaussian_diffusion, flags | {"steps": flags["diffusion_steps"]})
@@ -301,13 +302,13 @@ def _process(flags):
 @_builder(MODEL_ORDER, ModelOptions, DiffusionOptions)
 def create_model_and_diffusion(flags):
     """(UNetModel, SpacedDiffusion) from all options of ModelOptions and DiffusionOptions."""
-    return _call(create_model, flags), _process(flags)
+    return _call(create_model, flags), process_of(flags)
 
 
 @_builder(SUPER_RES_ORDER, SuperResOptions, DiffusionOptions)
 def sr_create_model_and_diffusion(flags):
     """(SuperResModel, SpacedDiffusion) from all options of SuperResOptions and DiffusionOptions."""
-    return _call(sr_create_model, flags), _process(flags)
+    return _call(sr_create_model, flags), process_of(flags)
 
 
 def _required(function):
@@ -323,7 +324,7 @@ def create_classifier_and_diffusion(flags):
     """
     if "zero_snr" in flags["noise_schedule"] and not (flags["predict"] or flags["predict_xstart"]):
         flags = flags | {"predict": "x0"}
-    return _call(create_classifier, flags), _process(flags)
+    return _call(create_classifier, flags), process_of(flags)
 
 
 def build(kind, flags):
@@ -347,14 +348,14 @@ def open_diffusion(path, explicit_flags=None, device="cpu"):
     :return: (network in evaluation mode, SpacedDiffusion, {name: value} of every option of both).
     :raises ValueError: if the file, its config.json, the flags and the weights do not agree, or leave options open.
     """
-    network, flags = _open(path, "diffusion", "use_fp16", explicit_flags or {}, device)
-    return network, _process(flags), flags
+    network, flags = open_network(path, "diffusion", "use_fp16", explicit_flags or {}, device)
+    return network, process_of(flags), flags
 
 
 def open_super_res(path, explicit_flags=None, device="cpu"):
     """The super-resolution model of a checkpoint and its process: all as open_diffusion."""
-    network, flags = _open(path, "super_res", "use_fp16", explicit_flags or {}, device)
-    return network, _process(flags), flags
+    network, flags = open_network(path, "super_res", "use_fp16", explicit_flags or {}, device)
+    return network, process_of(flags), flags
 
 
 def open_classifier(path, explicit_flags=None, device="cpu"):
@@ -362,19 +363,25 @@ def open_classifier(path, explicit_flags=None, device="cpu"):
     The classifier of a checkpoint: (network in evaluation mode, {name: value}); all as open_diffusion. The flags of
     the process it was trained on are among those returned as far as somebody tells them.
     """
-    return _open(path, "classifier", "classifier_use_fp16", explicit_flags or {}, device)
+    return open_network(path, "classifier", "classifier_use_fp16", explicit_flags or {}, device)
 
 
-def _open(path, kind, fp16, explicit, device):
+def open_network(path, kind, fp16, explicit, device, build=build):
+    """
+    The network of a checkpoint of this kind and its flags, as `open_diffusion` and its like.
+
+    :param fp16: the name of its flag for half precision, or "" if it has none.
+    :param build: `(kind, flags) -> network`.
+    """
     path = published.locate(path)
     saves.check_file(path)
     place = torch.device(device).type
     state = checkpoint.load(path, "meta" if place == "meta" else "cpu")
     flags = identify(path, kind, state, explicit, explicit.get("preset", ""))
     typed = explicit.get("precision", "")
-    if fp16 not in explicit and (typed or place == "cpu"):  # what is typed wins over what the file was trained in
+    if fp16 and fp16 not in explicit and (typed or place == "cpu"):  # what is typed wins over what it was trained in
         flags[fp16] = False
-    precision = config.precision_of(typed, flags[fp16], fp16)
+    precision = config.precision_of(typed, flags[fp16], fp16) if fp16 else "fp32"
     with torch.device("meta"):  # nothing is drawn that the file is to replace
         network = build(kind, flags)
     recognition.load_weights(network, state, path=path, flags=flags)

@@ -24,7 +24,8 @@ KINDS = "a folder, an npz, npy, zip, tar, idx or CIFAR file, or an LMDB"
 class Source:
     """
     Images with what belongs to them: labels int64 [N] or None, class names by label or None, the rule of the labels in
-    words, vectors floats [N,D] or [N,M,D] or None, and the name of what made those; `names` as in the data, or None.
+    words, vectors floats [N,D] or [N,M,D] or None, and the name of what made those; texts [N] or [N,M] or None; `names`
+    as in the data, or None.
     """
 
     images: Sequence
@@ -33,6 +34,7 @@ class Source:
     rule: str = "no labels"
     vectors: np.ndarray | None = None
     text_encoder: str | None = None
+    texts: np.ndarray | None = None
     names: Sequence | None = None
 
     def fingerprint(self):
@@ -48,10 +50,12 @@ class Source:
                 digest.update(np.ascontiguousarray(self.images[row]))
         if self.labels is not None:
             digest.update(np.ascontiguousarray(self.labels))
+        if self.texts is not None:
+            digest.update("\n".join(self.texts.ravel().tolist()).encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
 
-def open_source(data_dir, class_cond=False, label_from="auto", class_names=None, vector_channels=0):
+def open_source(data_dir, class_cond=False, label_from="auto", class_names=None, vector_channels=0, captions=False):
     """
     The Source of a path, with labels if `class_cond`; the options are those of `image_datasets.load_data`.
 
@@ -63,11 +67,12 @@ def open_source(data_dir, class_cond=False, label_from="auto", class_names=None,
     labels.check_rule(label_from)
     path = str(data_dir).rstrip("/") or "/"
     if path.endswith(".npz"):
-        source = _of_npz(path, vector_channels)
-    elif vector_channels:
+        source = _of_npz(path, vector_channels, captions)
+    elif vector_channels or captions:
+        wanted = "captions" if captions else f"vectors (vector_channels {vector_channels})"
         raise ValueError(
-            f"{path} is no npz, and vectors (vector_channels {vector_channels}) come with the images of one:"
-            " datasets/captions.py makes it of labelled images"
+            f"{path} is no npz, and {wanted} come with the images of one: datasets/captions.py makes it of labelled"
+            " images"
         )
     else:
         kind = _kind(path)
@@ -190,10 +195,10 @@ def _of_npy(path):
     return source
 
 
-def _of_npz(path, vector_channels):
+def _of_npz(path, vector_channels, captions):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"data_dir {path} does not exist")
-    more = ("vectors", "text_encoder") if vector_channels else ()
+    more = (("vectors", "text_encoder") if vector_channels else ()) + (("texts",) if captions else ())
     arrays = read_npz(path, ("arr_0", "arr_1", "class_names", *more))
     if "arr_0" not in arrays:
         raise ValueError(f"{path} has no array arr_0 (uint8 [N,H,W,C])")
@@ -203,7 +208,20 @@ def _of_npz(path, vector_channels):
     if vector_channels:
         source.vectors = _checked_vectors(path, arrays.get("vectors"), len(images), vector_channels)
         source.text_encoder = str(arrays.get("text_encoder", "")) or None
+    if captions:
+        source.texts = _checked_texts(path, arrays.get("texts"), len(images))
     return source
+
+
+def _checked_texts(path, texts, count):
+    if texts is None:
+        raise ValueError(f"{path} has no array texts (texts [N] or [N,M]); datasets/captions.py makes it")
+    if texts.dtype.kind != "U" or texts.ndim not in (1, 2) or len(texts) != count or not texts.size:
+        raise ValueError(
+            f"{path}: texts is {texts.dtype} {list(texts.shape)}; it must be one text or as many for each of {count}"
+            f" images, [{count}] or [{count},M]"
+        )
+    return texts
 
 
 def _of_idx(path):

@@ -15,6 +15,7 @@ from .checkpoint import parse_resume_step_from_filename as parse_resume_step_fro
 from .compiling import compile_blocks
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm, make_adamw
 from .nn import update_ema
+from .sampling import sent
 from .sharding import shard
 from .tally import Tally, merged
 from .tasks import ClassifierTask as ClassifierTask
@@ -44,7 +45,7 @@ class Trainer:
     :param averages: of the weights; see `ema`.
     :param iterations: stop after so many updates in all (0: no such limit).
     :param lr_schedule: a row of LR_SCHEDULES; all but "constant" end with `lr_anneal_steps`.
-    :param lr_anneal_steps: let the rate fall to 0 over so many updates, and stop there (0: constant).
+    :param lr_anneal_steps: let the rate fall to `lr_min` over so many updates, and stop there (0: constant).
     :param lr_warmup: let the rate rise linearly from 0 over so many updates first.
     :param precision: fp32, bf16 or fp16; "": as use_fp16 says.
     :param grad_clip: largest gradient norm (0: no limit).
@@ -80,6 +81,7 @@ class Trainer:
         iterations=0,
         lr_schedule="linear",
         lr_anneal_steps=0,
+        lr_min=0.0,
         lr_warmup=0,
         log_interval=10,
         save_interval=10000,
@@ -125,7 +127,10 @@ class Trainer:
         if not 0 <= beta2 < 1:
             raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {beta2}")
         self.lr, self.weight_decay, self.betas = lr, weight_decay, (0.9, beta2)
+        if not 0 <= lr_min <= lr:
+            raise ValueError(f"lr_min is a rate from 0 to lr {lr}, not {lr_min}")
         self.lr_schedule, self.lr_anneal_steps, self.lr_warmup = lr_schedule, lr_anneal_steps, lr_warmup
+        self.lr_min = lr_min
         self.total = min([steps for steps in (iterations, lr_anneal_steps) if steps > 0], default=0)
         self.averages = list(averages)
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
@@ -302,8 +307,7 @@ class Trainer:
         ranks, rank = dist_util.world_size(), dist_util.rank()
         rng = np.random.default_rng((family, self.seed, self.step))
         th.manual_seed(int(rng.integers(2**63)) + rank)  # of dropout
-        x0 = x0.to(self.device, non_blocking=True)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        x0, cond = sent(x0, self.device), {name: sent(value, self.device) for name, value in cond.items()}
         t, weights = (each[rank::ranks] for each in self.task.draw(len(x0) * ranks, self.device, rng))
         places, share = range(rank, len(x0) * ranks, ranks), Share(rng, rank, ranks)
         if self.drop and family == _TRAIN:
@@ -334,9 +338,10 @@ class Trainer:
     def _set_lr(self):
         """As asked for now, whatever a resumed optimizer remembers."""
         done = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
-        share = LR_SCHEDULES[self.lr_schedule](done) * min(1.0, (self.step + 1) / max(self.lr_warmup, 1))
+        lr = self.lr_min + (self.lr - self.lr_min) * LR_SCHEDULES[self.lr_schedule](done)
+        lr *= min(1.0, (self.step + 1) / max(self.lr_warmup, 1))
         for group in self.opt.param_groups:
-            group.update(lr=self.lr * share, weight_decay=self.weight_decay, betas=self.betas)
+            group.update(lr=lr, weight_decay=self.weight_decay, betas=self.betas)
 
     # ----------------------------------------------------------------------------------------- validation and the log
 
@@ -505,7 +510,7 @@ class Trainer:
         return None
 
 
-LR_SCHEDULES = {  # the share of the rate by the share of --lr_anneal_steps that is done
+LR_SCHEDULES = {  # the share of the way from --lr_min to --lr, by the share of --lr_anneal_steps that is done
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "constant": lambda done: 1.0,

@@ -234,13 +234,15 @@ def attend(q, k, v, valid=None):
     """
     softmax(q^T k / sqrt(c)) v for each head: q [N,heads,c,L], k and v [N,heads,c,K] of any strides -> [N,heads,c,L].
 
-    valid: [N,K], true for the keys that count, at least one a sample; None: all.
+    valid: [N,K] or, if not the same for every query, [N,L,K]: true for the keys that count, at least one a query; None:
+    all.
 
     The softmax is float32 for half inputs as well (inside the fused kernel too). The gradient of the fused kernel
     cannot be differentiated again: to do that with long sequences or on a GPU, run the forward pass inside
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
-    valid = None if valid is None else valid[:, None, None]                # [N,1,1,K]
+    if valid is not None:
+        valid = valid[:, None] if valid.dim() == 3 else valid[:, None, None]   # [N,1,L or 1,K]
     if q.device.type == "cpu" and k.shape[-1] <= min(SHORT_LENGTH, 4 * q.shape[-2]):
         scale = q.shape[-2] ** -0.25  # on q and k each: less overflow in half precision than after the product
         logits = (q * scale).transpose(-1, -2) @ (k * scale)   # [N,heads,L,K]
@@ -491,8 +493,8 @@ class UNetModel(UNetTrunk):
     many channels are then required (see `conditions`); vectors join the embedding of the time, tokens every attention
     as further keys and values (GLIDE, arXiv 2112.10741). num_heads_upsample: heads of the upward path, -1 as
     num_heads; both count only when num_head_channels is -1. conv_resample: with weights (else average / nearest).
-    checkpoint_levels: of so many levels, from the finest on, the blocks are recomputed in the backward pass; those of
-    all with use_checkpoint. use_fp16: a wish, for the programs, that convert_to_fp16 be called once the weights are loaded.
+    checkpoint_levels: of so many levels, from the finest on, blocks are recomputed in the backward pass;
+    use_checkpoint: all are. use_fp16: a wish, for the programs, that convert_to_fp16 be called after loading.
     Raises ValueError for widths, sizes or heads that do not divide.
     """
 

@@ -17,18 +17,21 @@ class Watch:
     :param flags: of the network.
     :param folder: of the pictures.
     :param num_classes: labels in turn, where the network takes labels.
+    :param given: what the network is told besides, as `generate.sample_stream` takes it; None: vectors of zeros, where
+        it takes vectors.
     :param steps: of DDIM.
     :param batch_size: samples at once in each process.
     """
 
-    def __init__(self, diffusion, flags, folder, *, num_classes=0, steps=50, batch_size=16, seed=0):
+    def __init__(self, diffusion, flags, folder, *, num_classes=0, given=None, steps=50, batch_size=16, seed=0):
         self.diffusion, self.flags, self.folder = diffusion, flags, folder
         self.num_classes, self.steps, self.batch_size, self.seed = num_classes, steps, batch_size, seed
+        width = flags.get("vector_channels", 0)
+        self.given = given or ({"vector": lambda indices: th.zeros(len(indices), width)} if width else None)
 
     def samples(self, trainer, count):
         """uint8 [count,H,W,C] on the first process, None elsewhere."""
-        width = self.flags.get("vector_channels", 0)
-        labels = [i % self.num_classes for i in range(count)] if self.flags["class_cond"] else None
+        labels = [i % self.num_classes for i in range(count)] if self.num_classes else None
         with trainer.averaged() as net, th.no_grad():
             stream = generate.sample_stream(
                 self.diffusion,
@@ -39,7 +42,7 @@ class Watch:
                 seed=self.seed,
                 labels=labels,
                 num_classes=self.num_classes if labels else 0,
-                given={"vector": lambda indices: th.zeros(len(indices), width)} if width else None,
+                given=self.given,
                 sampler="ddim",
                 steps=min(self.steps, self.diffusion.num_timesteps),
                 device=dist_util.dev(),

@@ -16,7 +16,7 @@ from guided_diffusion.script_util import open_super_res
 
 def main():
     args = config.parse(__doc__, SuperResSampleOptions, SuperResOptions, DiffusionOptions, EvaluateOptions, RunOptions)
-    config.check_counts(args)
+    config.check_counts(args, batch=0)
     device, folder = program.start(args, SuperResOptions, DiffusionOptions)
     model, diffusion, flags = open_super_res(args.model_path, config.explicit_flags(args), device)
     model = program.hastened(args, model)

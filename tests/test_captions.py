@@ -159,6 +159,33 @@ def test_other_classes_get_other_phrases(tmp_path):
     assert "a picture of a cat" in write(tmp_path / "pets", tmp_path / "a.npz")["texts"]
 
 
+def test_one_text_a_class_and_images_that_are_held_out(digits, tmp_path):
+    held = tmp_path / "val.npz"
+    said = {"class_texts": ["a three", "seven!"], "val_out": held, "val_count": 1}
+    kept = write(digits, tmp_path / "a.npz", encoder="none", **said)
+    assert "vectors" not in kept and "text_encoder" not in kept
+    with np.load(held) as apart:
+        pictures = np.concatenate([kept["arr_0"], apart["arr_0"]])
+        assert len(apart["arr_0"]) == len(apart["arr_1"]) == len(apart["texts"]) == 1
+        labels = np.concatenate([kept["arr_1"], apart["arr_1"]])
+        texts = np.concatenate([kept["texts"], apart["texts"]])[:, 0]
+        assert apart["class_names"].tolist() == ["3", "7"] and len(apart["held_out"]) == 0
+    assert texts.tolist() == [["a three", "seven!"][y] for y in labels] and sorted(labels) == [0, 0, 1]
+    assert len(np.unique(pictures, axis=0)) == 3
+    again = write(digits, tmp_path / "b.npz", **said)
+    assert (again["arr_0"] == kept["arr_0"]).all()
+
+
+def test_the_captions_of_the_tutorial_on_fashion(tmp_path):
+    """A class of every number, whose picture tells it."""
+    images = np.arange(10, dtype=np.uint8).repeat(16).reshape(10, 4, 4, 1)
+    np.savez(tmp_path / "a.npz", arr_0=images, arr_1=np.arange(10))
+    found = write(tmp_path / "a.npz", tmp_path / "b.npz", class_texts=["fashion-mnist"], encoder="none")
+    expected = "a t-shirt/top,trousers,a pullover,a dress,a coat,a sandal,a shirt,a sneaker,a bag,an ankle boot"
+    assert found["texts"][:, 0].tolist() == [f"An image of {each}" for each in expected.split(",")]
+    assert found["arr_0"][:, 0, 0, 0].tolist() == list(range(10))
+
+
 def test_s0_21_images_with_texts_of_their_own_and_vectors_computed_elsewhere(tmp_path):
     images = np.zeros((3, 6, 8, 3))
     images[1], images[2, :, :, 0] = 1.0, 51 / 255
@@ -177,6 +204,11 @@ def test_s0_21_images_with_texts_of_their_own_and_vectors_computed_elsewhere(tmp
     ({"templates": ["a number"]}, r"'a number' says the same of every class: put \{class\} or \{word\}"),
     ({"templates": ["{class}"], "hold_out": ["{class}"]}, "both a template and held out"),
     ({"encoder": "bert:8"}, "unknown text encoder: bert"),
+    ({"class_texts": ["a", "b", "c"]}, "--class_texts are 3, and the images have 2 classes: 3, 7"),
+    ({"class_texts": ["fashion-mnist"]}, "--class_texts are 10, and the images have 2"),
+    ({"class_texts": ["a", "b"], "templates": ["{class}"]}, "drop --templates and --hold_out"),
+    ({"val_out": "val.npz", "val_count": 3}, "--val_count 3 of 3 images: hold out at least 1 and fewer than all"),
+    ({"val_count": 3}, "--val_out and --val_count, .* go together"),
 ])  # fmt: skip
 def test_captions_that_cannot_be(digits, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

@@ -66,7 +66,7 @@ DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
     "grad_clip": 0.0, "max_bad_steps": 100, "num_workers": 1, "random_flip": True, "skip_bad_images": False,
     "label_from": "auto", "background": "white", "resume": "auto", "force": False, "lr_schedule": "linear",
-    "lr_warmup": 0, "keep_last": 0,
+    "lr_warmup": 0, "lr_min": 0.0, "keep_last": 0,
     "keep_every": 0, "keep_best": False, "background_save": True, "max_minutes": 0.0, "beta2": 0.999,
     "checkpoint_dir": "", "sharding": "none", "compile": False,
 }

@@ -31,6 +31,10 @@ TINY = [
     (r"scripts/mnist\.py", "scripts/mnist.py --judge_iterations 1 --num_samples 20 --steps 3 --seeds 1 --scales 2"
                            " --iterations 2"),  # what is typed in the text comes later and wins
     (r"187500", "000001"),
+    (r"--preset fashion-mnist", "--preset fashion-mnist --iterations 1 --batch_size 4 --num_workers 0"),
+    (r"ema_0.9999_(078000|058500|156200)", "ema_0.9999_000001"),
+    (r"(--model_path runs/fashion)", r"--prior_steps 3 \1"),
+    (r"--val_count \d+", "--val_count 9"),
     (r"(datasets/cifar10.py .*)", r"\1 --source tiny_cifar"),
     (r"--num_channels 128", "--num_channels 32"),
     (r"--num_images \d+", "--num_images 3"),
@@ -140,6 +144,34 @@ def test_every_command_of_the_page_on_captions(clone):
     for command in commands(ROOT / "docs" / "captions.md"):
         shell(tiny(command), clone)
     assert (clone / "runs/prompts/samples_6x8x8x1.npz").exists()
+
+
+def test_every_command_of_the_page_on_text_to_image(clone, monkeypatch):
+    """In this process, since there are many; without the package for it those for other encoders are left out."""
+    from test_programs import done
+
+    page = [tiny(command) for command in commands(ROOT / "docs" / "text_to_image.md")]
+    assert len(page) == 20 and sum("foreign" in command for command in page) == 3
+    drawn = {"from_text": 6, "variations": 6, "between": 16, "large_from_text": 6}
+    if importlib.util.find_spec("transformers"):
+        from test_hugging_face import save
+
+        save(clone / "downloads" / "clip-vit-base-patch32")
+        drawn["foreign"] = 6
+    else:
+        page = [command for command in page if "foreign" not in command]
+    monkeypatch.chdir(clone)
+    for command in page:
+        _, program, words = command.split(" ", 2)
+        if program.startswith("scripts/"):
+            done(Path(program).stem, words)
+        else:
+            shell(command, clone)
+    for name, count in drawn.items():
+        assert (clone / "runs" / name / f"samples_{count}x8x8x1.npz").exists()
+    assert (clone / "runs/from_text/samples_6x8x8x1_frames.png").exists()
+    assert (clone / "runs/large_from_text/enlarged/samples_6x16x16x1.npz").exists()
+    assert (clone / "runs/fashion/samples_6x32x32x1.npz").exists()
 
 
 def test_every_command_of_the_page_on_training(clone):
@@ -291,7 +323,7 @@ def test_every_flag_that_the_docs_name_exists():
                "signals", "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype",
                "keep", "reference", "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more", "count",
                "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo",
-               "hundred", "png", "map", "checksum", "prefix"}  # fmt: skip
+               "hundred", "png", "map", "checksum", "prefix", "class_texts", "val_out", "val_count"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

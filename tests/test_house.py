@@ -46,17 +46,31 @@ LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standa
 LIGHT = [*MATHEMATICS, *NETWORKS, "toy_models"]  # what needs no other
 
 
+# The same of the sub-package: files that need only torch and these rooms, and then the machinery of the cascade.
+CASCADE = PACKAGE / "text_to_image"
+CASCADE_NETWORKS = ["tokenizer", "transformer", "clip prior", "decoder"]
+CASCADE_MACHINERY = ["hugging_face", "models", "tasks", "pipeline", "training prompting"]
+CASCADE_NEEDS = {"nn", "conditions", "unet", "guidance"}
+
+
 def imports(path):
-    """(modules of this package, other top-level modules) that a file imports anywhere."""
-    ours, others = set(), set()
+    """(modules of this package, other top-level modules) that a file imports anywhere; of a sub-package, its own."""
+    ours, others, _ = all_imports(path)
+    return ours, others
+
+
+def all_imports(path):
+    """(modules of the same package, other top-level modules, modules of the package above) that a file imports."""
+    ours, others, above = set(), set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             others |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            ours |= {node.module} if node.module else {alias.name for alias in node.names}
+            names = {node.module} if node.module else {alias.name for alias in node.names}
+            (ours if node.level == 1 else above).update(names)
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.split(".")[0])
-    return ours, others
+    return ours, others, above
 
 
 def allowed(name):
@@ -79,6 +93,23 @@ def test_arrows(path):
         assert foreign <= ({"tqdm"} if path.stem == "gaussian_diffusion" else set())
 
 
+def test_arrows_of_the_cascade():
+    """Its networks know torch and networks; its machinery may know all else, but nothing else knows it."""
+    below = set()
+    for line in CASCADE_NETWORKS + CASCADE_MACHINERY:
+        for name in line.split():
+            ours, others, above = all_imports(CASCADE / f"{name}.py")
+            assert ours <= below, f"{name} may not import {ours - below}"
+            if line in CASCADE_NETWORKS:
+                assert above <= CASCADE_NEEDS and others - LIBRARIES <= sys.stdlib_module_names
+            # What is optional is imported where a folder of such a model is opened.
+            assert "transformers" not in others or name == "hugging_face"
+        below |= set(line.split())
+    assert below == {path.stem for path in CASCADE.glob("[!_]*.py")}
+    for path in PACKAGE.glob("*.py"):
+        assert "text_to_image" not in path.read_text(), f"{path.stem} looks up to the cascade"
+
+
 def test_evaluations_know_the_project_through_one_door():
     for path in (ROOT / "evaluations").glob("*.py"):
         assert not imports(path)[0]
@@ -99,7 +130,7 @@ def test_importing_the_network_costs_only_torch():
 
 def test_nothing_stands_twice():
     seen = defaultdict(list)
-    for path in [*PACKAGE.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "evaluations").glob("*.py")]:
+    for path in [*PACKAGE.glob("**/*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "evaluations").glob("*.py")]:
         lines = [line.strip() for line in path.read_text().splitlines()]
         kept = [line for line in lines if line and not line.startswith(("#", "from ", "import "))]
         for i in range(len(kept) - 5):
@@ -113,7 +144,8 @@ def test_nothing_stands_twice():
 def test_functions_are_short_enough_to_read_beside_the_paper():
     """The mathematics, where the original has one of 190 lines: none above 60, half of them at most 12."""
     lengths = []
-    for path in (PACKAGE / f"{name}.py" for name in " ".join(MATHEMATICS).split()):
+    paths = [PACKAGE / f"{name}.py" for name in " ".join(MATHEMATICS).split()]
+    for path in paths + list(CASCADE.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 lengths.append(node.end_lineno - node.lineno + 1)
@@ -132,5 +164,5 @@ def test_a_plain_pip_install_installs_the_code(tmp_path):
     subprocess.run([*pip, "--target", str(tmp_path / "site"), str(tree)], check=True, capture_output=True)
     installed = {path.name for path in (tmp_path / "site").iterdir() if path.suffix != ".dist-info"} - {"bin"}
     assert installed == {"guided_diffusion", "evaluations"}  # `datasets` and `scripts` would hide other packages
-    sources = {path.name for path in PACKAGE.glob("*.py")}
-    assert {path.name for path in (tmp_path / "site" / "guided_diffusion").glob("*.py")} == sources
+    found = (tmp_path / "site" / "guided_diffusion").glob("**/*.py")
+    assert sorted(path.name for path in found) == sorted(path.name for path in PACKAGE.glob("**/*.py"))

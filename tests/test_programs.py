@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 MPIEXEC = shutil.which("mpiexec", path=f"{BIN}:{os.environ.get('PATH', '')}")
 PROGRAMS = ["image_train", "image_sample", "image_nll", "classifier_train", "classifier_sample", "super_res_train",
-            "super_res_sample"]  # fmt: skip
+            "super_res_sample", "clip_train", "prior_train", "decoder_train", "text_to_image_sample"]  # fmt: skip
 
 NET = (
     "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
@@ -650,6 +650,10 @@ def test_every_flag_has_help_and_default(name):
         "super_res_sample": "SuperResSample Evaluate SuperRes Diffusion Run",
         "classifier_train": "ClassifierTrain Classifier Diffusion Run",
         "classifier_sample": "ClassifierSample Evaluate Model Diffusion Classifier Run",
+        "clip_train": "ClipTrain Clip Run",
+        "prior_train": "PriorTrain Prior PriorProcess Run",
+        "decoder_train": "DecoderTrain Picture Decoder DecoderProcess Run",
+        "text_to_image_sample": "TextToImage DecoderProcess Evaluate Run",
     }[name]
     expected = config.options(*(getattr(config, f"{group}Options") for group in groups.split()))
     text = done(name, "--help").out

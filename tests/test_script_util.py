@@ -124,7 +124,7 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, True, "", "unit", 0.5, False, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, True, 0, "", "unit", 0.5, False, 5)
 
 
 # --------------------------------------------------------------------------------------------------- networks, process

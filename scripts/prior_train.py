@@ -1,0 +1,42 @@
+"""Train the prior, which draws the CLIP embeddings of pictures of a caption, on an npz of captioned images."""
+
+from functools import partial
+
+from guided_diffusion import config, ema, guidance, program
+from guided_diffusion.config import PriorOptions, PriorProcessOptions, PriorTrainOptions, RunOptions
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import process_of
+from guided_diffusion.text_to_image import decoder, models, prior, training
+from guided_diffusion.text_to_image.tasks import embedded
+from guided_diffusion.train_util import DiffusionTask, Trainer
+
+
+def main():
+    args = config.parse(__doc__, PriorTrainOptions, PriorOptions, PriorProcessOptions, RunOptions)
+    training.check_preset(args)
+    training.check_fp32(args)
+    decoder.check_rate("caption_dropout", args.caption_dropout)
+    device, folder = program.start(args)
+    flags = program.network_flags(args, folder, "prior", PriorOptions, PriorProcessOptions)
+    training.check_fixed_variance(flags)
+    clip, told = training.clip_of(args, device)
+    flags |= models.clip_sizes(clip) | {"context_length": clip.length}
+    diffusion = process_of(flags)
+    data = program.open_training_data(args, clip.images, False, captions=True)
+    held_out = program.open_validation_data(args, clip.images, False, None, captions=True)
+    sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
+    loop = Trainer(
+        DiffusionTask(models.create_prior(flags).to(device), diffusion, sampler),
+        embedded(data, clip),
+        val_data=held_out and embedded(held_out, clip),
+        averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
+        lr_anneal_steps=args.lr_anneal_steps,
+        drop=partial(guidance.dropped, null=prior.NULL, rate=args.caption_dropout) if args.caption_dropout else None,
+        **program.loop_options(args, flags),
+    )
+    program.begin_run(args, folder, "prior", flags, data, clip=told, dropped={"caption": args.caption_dropout})
+    loop.run_loop()
+
+
+if __name__ == "__main__":
+    program.run(main)
