@@ -1,7 +1,6 @@
 """Draw images from a diffusion model, steered by a classifier of noised images towards classes."""
 
-from evaluations.sampled import scored
-from guided_diffusion import config, program
+from guided_diffusion import config
 from guided_diffusion.config import (
     ClassifierOptions,
     ClassifierSampleOptions,
@@ -10,6 +9,12 @@ from guided_diffusion.config import (
     ModelOptions,
     RunOptions,
 )
+
+OPTIONS = ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, EvaluateOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from evaluations.sampled import scored
+from guided_diffusion import program
 from guided_diffusion.guidance import classifier_gradient, summed
 from guided_diffusion.script_util import open_classifier, open_diffusion
 
@@ -18,8 +23,7 @@ SHARED = ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "
 
 
 def main():
-    groups = ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, EvaluateOptions, RunOptions
-    args = config.parse(__doc__, *groups)
+    args = config.parse(__doc__, *OPTIONS)
     strength = config.check_classifier_guidance(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions, ClassifierOptions)
     explicit = config.explicit_flags(args)

@@ -8,6 +8,29 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from guided_diffusion import config
+from guided_diffusion.config import option
+
+
+@dataclass
+class DemoTextOptions:
+    """demo"""
+
+    out: str = option("runs/demo_text", "folder for data, runs, samples, pictures and the report")
+    clip_iterations: int = option(2000, "updates of CLIP")
+    prior_iterations: int = option(2000, "updates of the prior")
+    decoder_iterations: int = option(2000, "updates of the decoder")
+    judge_iterations: int = option(1000, "updates of the judge, a classifier of clean digits")
+    num_samples: int = option(400, "digits drawn for each row of the table")
+    steps: int = option(50, "steps of the decoder")
+    scales: str = option("1,2,4", "guidance scales of the decoder")
+    prior_scales: str = option("1,2,4", "guidance scales of the prior")
+    seed: int = option(0, "seed of everything random")
+
+
+OPTIONS = (DemoTextOptions,)
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
 import numpy as np
 import torch as th
 
@@ -15,8 +38,7 @@ from evaluations import errors, tables
 from evaluations.evaluator import write
 from evaluations.features import ClassifierExtractor
 from evaluations.judge import judged
-from guided_diffusion import config, pictures, study
-from guided_diffusion.config import option
+from guided_diffusion import pictures, study
 from guided_diffusion.text_to_image.clip import classify
 from guided_diffusion.text_to_image.models import open_clip
 
@@ -49,22 +71,6 @@ JUDGE = (
     "--num_classes 10 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4"
     " --classifier_num_head_channels 32 --noise_schedule cosine --batch_size 64 --random_flip False --num_workers 0"
 ).split()
-
-
-@dataclass
-class DemoTextOptions:
-    """demo"""
-
-    out: str = option("runs/demo_text", "folder for data, runs, samples, pictures and the report")
-    clip_iterations: int = option(2000, "updates of CLIP")
-    prior_iterations: int = option(2000, "updates of the prior")
-    decoder_iterations: int = option(2000, "updates of the decoder")
-    judge_iterations: int = option(1000, "updates of the judge, a classifier of clean digits")
-    num_samples: int = option(400, "digits drawn for each row of the table")
-    steps: int = option(50, "steps of the decoder")
-    scales: str = option("1,2,4", "guidance scales of the decoder")
-    prior_scales: str = option("1,2,4", "guidance scales of the prior")
-    seed: int = option(0, "seed of everything random")
 
 
 # ----------------------------------------------------------------------------------------------------------- the work
@@ -354,7 +360,7 @@ def check(args):
 
 
 def main():
-    args = config.parse(__doc__, DemoTextOptions)
+    args = config.parse(__doc__, *OPTIONS)
     start = time.monotonic()
     check(args)
     demo = study.Study(Path(__file__).resolve().parent.parent, Path(args.out), args.seed)

@@ -1,13 +1,18 @@
 """Draw pictures of texts: the prior draws the CLIP embedding of a picture, the decoder the picture of an embedding."""
 
-from evaluations.sampled import scored
-from guided_diffusion import config, program
+from guided_diffusion import config
 from guided_diffusion.config import DecoderProcessOptions, EvaluateOptions, RunOptions, TextToImageOptions
+
+OPTIONS = TextToImageOptions, DecoderProcessOptions, EvaluateOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from evaluations.sampled import scored
+from guided_diffusion import program
 from guided_diffusion.text_to_image import models, pipeline, prompting
 
 
 def main():
-    args = config.parse(__doc__, TextToImageOptions, DecoderProcessOptions, EvaluateOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     config.check_counts(args, batch=0)
     prompts = prompting.prompts_of(args)
     device, folder = program.start(args, DecoderProcessOptions)
