@@ -161,7 +161,7 @@ def larger_of(args, flags, device):
             raise ValueError(
                 f"{args.super_res_path} enlarges images of {name} {its[name]}, and the decoder draws {flags[ours]}"
             )
-    return program.hastened(args, model), diffusion, its
+    return model, diffusion, its
 
 
 def enlarge(args, folder, larger, through, prompts, ways):
