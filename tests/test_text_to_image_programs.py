@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from test_programs import BIN, done, names, refused, rows, same, stranger
 from guided_diffusion import checkpoint, config, presets, sample_store
 from guided_diffusion.config import ClipSizes, DecoderOptions, DecoderProcessOptions
 from guided_diffusion.sample_store import SampleStore
-from guided_diffusion.text_to_image import models
+from guided_diffusion.text_to_image import models, prompting
+from guided_diffusion.text_to_image.clip import classify
 
 TRAIN = "--batch_size 8 --lr 1e-2 --log_interval 1 --random_flip False --num_workers 0"
 SIZE = "--image_size 8 --image_channels 1"
@@ -95,7 +97,12 @@ def test_training_leaves_what_other_programs_leave(home):
     assert all(0 <= float(row["acc@1"]) <= 1 for row in rows(home / "clip"))
     shares = [row["zero_shot"] for row in rows(home / "clip") if row["zero_shot"]]
     assert len(shares) == 2 and all(float(share) * 10 == pytest.approx(round(float(share) * 10)) for share in shares)
-    assert "two of 3" not in (home / "clip" / "log.txt").read_text()
+    with np.load(home / "val.npz") as held_out:
+        x = th.from_numpy(held_out["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+        texts = [held_out["texts"][k].tolist() for k in (0, 1)]
+        found = classify(models.open_clip(home / "clip" / "ema_0.5_000004.pt"), x, texts)
+        told = found == th.from_numpy(held_out["arr_1"])
+    assert float(shares[1]) == pytest.approx(told.float().mean().item())
     assert re.search("1 of 4 texts are too long and are cut; the first to 'dark, as dark as it ca'",
                      (home / "prior" / "log.txt").read_text())  # fmt: skip
 
@@ -151,7 +158,6 @@ def test_pictures_on_the_way(here, tmp_path):
     assert Image.open(picture).size[0] >= 8
 
 
-@pytest.mark.slow
 def test_two_processes_contrast_all_their_pairs(here, tmp_path):
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     launcher[0] = "torchrun"
@@ -314,6 +320,15 @@ def test_larger_pictures(home, tmp_path):
     draw(home, tmp_path / "b", f"{more} --interpolate 2")
     with np.load(tmp_path / "b" / "enlarged" / "samples_4x16x16x1.npz") as large:
         assert large.files == ["arr_0"]  # a picture between two prompts is of neither
+
+
+def test_guidance_takes_away_what_was_dropped_in_training(here, sure):
+    null = {"vector": 0.0, "tokens": 0.0, "token_mask": False}
+    train("decoder", "spoken", "--iterations 1 --caption_dropout 0")
+    for folder, scale, left in (("decoder/model000004", 2, null), ("spoken/model000001", 2, {"vector": 0.0}),
+                                ("sure/model000001", 1, {})):  # fmt: skip
+        args = SimpleNamespace(model_path=f"{folder}.pt", guidance_scale=scale)
+        assert prompting.null_of(args, null) == left
 
 
 def test_scores_as_they_come(home, tmp_path, monkeypatch):
