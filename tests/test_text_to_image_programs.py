@@ -17,6 +17,8 @@ from guided_diffusion.config import ClipSizes, DecoderOptions, DecoderProcessOpt
 from guided_diffusion.sample_store import SampleStore
 from guided_diffusion.text_to_image import models, prompting
 from guided_diffusion.text_to_image.clip import classify
+from guided_diffusion.text_to_image.decoder import Decoder
+from guided_diffusion.text_to_image.prior import Prior
 
 TRAIN = "--batch_size 8 --lr 1e-2 --log_interval 1 --random_flip False --num_workers 0"
 SIZE = "--image_size 8 --image_channels 1"
@@ -150,6 +152,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, here, tmp_path):
     train(kind, tmp_path, f"--iterations 4 --save_interval 2 --ema_rate 0.5,0.9 {more}")
     for name in ("model", "ema_0.5_", "ema_0.9_", "opt"):
         assert same(checkpoint.load(tmp_path / f"{name}000004.pt"), checkpoint.load(here / kind / f"{name}000004.pt"))
+
+
+@pytest.mark.parametrize("kind, network", [("prior", Prior), ("decoder", Decoder)])
+def test_m3_08_training_drops_conditions_and_validation_does_not(kind, network, here, tmp_path, monkeypatch):
+    seen, real = {True: [], False: []}, network.forward
+
+    def recorded(self, x, t, **cond):
+        seen[self.training].append((cond["vector"] == 0).all(1))
+        return real(self, x, t, **cond)
+
+    monkeypatch.setattr(network, "forward", recorded)
+    rate = "--caption_dropout 0.9" if kind == "prior" else "--embedding_dropout 0.9"
+    train(kind, tmp_path, f"--iterations 2 {rate}")
+    assert 0.5 < th.cat(seen[True]).float().mean() < 1
+    assert sum(not each.any() for each in seen[False]) == 1  # the others measure the training batch for the log
 
 
 def test_pictures_on_the_way(here, tmp_path):
