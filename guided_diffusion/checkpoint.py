@@ -221,7 +221,7 @@ CONFIG_NAME = "config.json"
 CONFIG_KEY = "guided_diffusion"  # of the text in a safetensors file that is its config.json
 # What a network computes does not depend on these, so a later run in the same folder may change them.
 PASSING = (
-    "dropout classifier_dropout use_checkpoint use_fp16 classifier_use_fp16 timestep_respacing use_kl"
+    "dropout classifier_dropout use_checkpoint checkpoint_levels use_fp16 classifier_use_fp16 timestep_respacing use_kl"
     " rescale_learned_sigmas"
 ).split()
 

@@ -113,6 +113,11 @@ class ModelOptions(_Network, _ImageSize):
     )
     vector_channels: int = option(0, "width of the vector, as an embedded text, that the network takes; 0: none")
     conv_resample: bool = option(True, "without --resblock_updown, resample by convolutions, not by means and copies")
+    checkpoint_levels: int = option(
+        0,
+        "recompute the activations of so many levels only, from the largest feature maps on, which keep the most;"
+        " 0: none, or with --use_checkpoint all",
+    )
 
 
 @dataclass
@@ -122,6 +127,7 @@ class SuperResOptions(_Network):
     large_size: int = option(256, "height and width of the images that are made, in pixels")
     small_size: int = option(64, "height and width of the images that are enlarged, in pixels")
     conv_resample: bool = changed(ModelOptions, "conv_resample", True)
+    checkpoint_levels: int = changed(ModelOptions, "checkpoint_levels", 0)
 
 
 @dataclass
@@ -233,6 +239,7 @@ class DecoderOptions(CaptionOptions, _Trunk, _Channels, _ImageSize):
     """decoder"""
 
     conv_resample: bool = changed(ModelOptions, "conv_resample", True)
+    checkpoint_levels: int = changed(ModelOptions, "checkpoint_levels", 0)
     image_tokens: int = option(4, "tokens that the embedding of the picture makes for every attention")
     text_width: int = changed(
         ClipOptions, "text_width", 128, "width of the tokens, and of the decoder's own text encoder"
@@ -356,6 +363,11 @@ class _Training:
         "none: each process holds the whole network; fsdp: each holds a part of it, for networks too large for one"
         " device (not with float16)",
         ("none", "fsdp"),
+    )
+    compile: bool = option(
+        False,
+        "run the networks' blocks through torch.compile: the same numbers but for rounding, faster on a GPU, after"
+        " minutes of compiling; each other batch size is compiled anew",
     )
     max_bad_steps: int = option(100, "stop after this many updates in a row whose loss or gradient is not finite")
     num_workers: int = option(1, "processes that load images; 0: the training process itself")
@@ -484,7 +496,9 @@ class _Sampling:
         " beside it, its name or its tensors spare the network's flags (docs/checkpoints.md)",
     )
     num_samples: int = option(10000, "images to draw")
-    batch_size: int = changed(_Training, "batch_size", 16)
+    batch_size: int = changed(
+        _Training, "batch_size", 16, "images at once in each process; 0: as many as fit in memory, by trying, up to 256"
+    )
     clip_denoised: bool = option(True, "clip each predicted clean image to the range of pixels")
     use_ddim: bool = option(False, "sample by DDIM instead of the ancestral DDPM")
     eta: float = option(0.0, "noise of DDIM, and of other samplers that have it: 0 none, 1 as much as DDPM")
@@ -533,6 +547,13 @@ class _Sampling:
         "quantile, as 0.995, of each predicted image's absolute values at which it is clipped and then scaled down to"
         " the range of pixels; 0: clip at that range",
     )
+    reuse_every: int = option(
+        1,
+        "run the whole network at every so many steps only, as 3, and in between its first and last blocks, the deep"
+        " features staying as they are (DeepCache): faster, and not the same images (docs/speed.md); 1: always whole",
+    )
+    compile: bool = changed(_Training, "compile", False)
+    reuse_depth: int = option(1, "how many blocks at either end of the network are run at each step by --reuse_every")
 
 
 @dataclass
@@ -893,6 +914,16 @@ def parse(description, *groups, argv=None, positional=None):
     return argparse.Namespace(**values, explicit=set(vars(typed)) - set(positional))
 
 
+def answer_help(module, description, *groups, positional=None):
+    """
+    Where a module named `module` is the program that runs, and --help was typed: answer it and end the process. For
+    programs to call before they import what takes seconds. Of a command line with an error, `parse` tells in its turn.
+    """
+    if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+        with contextlib.suppress(ValueError):
+            parse(description, *groups, positional=positional)
+
+
 def from_preset(typed, known):
     """{name: value} that the --preset among the typed flags gives a program of these flags; {} without one."""
     return presets.typed_for(typed["preset"], known) if typed.get("preset") else {}
@@ -1032,11 +1063,11 @@ def log_formats(args, main):
     return args.log_formats.split(",") if args.log_formats and main else None
 
 
-def check_counts(args):
-    """Raise ValueError unless there is an image to draw or score, and one at a time at least."""
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+def check_counts(args, batch=1):
+    """Raise ValueError unless there is an image to draw or score, and `batch` at a time at least."""
+    for name, least in (("num_samples", 1), ("batch_size", batch)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, not {getattr(args, name)}")
 
 
 def check_sides(flags):
@@ -1163,6 +1194,20 @@ def check_guidance(args, null):
     for name in ("guide_path", "guidance_interval", "guidance_rescale", "guidance_projected"):
         if args.guidance_scale == 1 and getattr(args, name) != getattr(SampleOptions, name):
             raise ValueError(f"--{name} has no effect at --guidance_scale 1: give another scale, as 2")
+
+
+def check_reuse(args):
+    """Raise ValueError if the options of sampling ask for a reuse of features that cannot be."""
+    for name in ("reuse_every", "reuse_depth"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    if args.reuse_every == 1 and args.reuse_depth != _Sampling.reuse_depth:
+        raise ValueError("--reuse_depth has no effect at --reuse_every 1: give another number of steps, as 3")
+    if args.reuse_every > 1 and args.guidance_scale != 1 and not (args.guidance_batched or args.guide_path):
+        raise ValueError(
+            "--guidance_batched False: the conditional and the unconditional prediction in turn would take each other's"
+            f" features at --reuse_every {args.reuse_every}: drop one of the two"
+        )
 
 
 def one_prediction():

@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, dist_util, pictures, sampling
+from .prediction import rows_at
 
 
 def in_batches(count, batch_size):
@@ -100,22 +101,54 @@ def sample_stream(
         for number, indices in enumerate(batches):
             numbers = indices if noise_of is None else [noise_of(i) for i in indices]
             noise = sampling.SeededNoise(seed, numbers, device)
-            y = noise.integers(num_classes) if num_classes else None
-            if labels is not None:
-                y = th.tensor([labels[i] for i in indices], device=device)
-            cond = {} if y is None else {"y": y}
-            cond |= {name: of(indices).to(device) for name, of in (given or {}).items()}
+            y, cond = _told(indices, noise, labels, num_classes, given or {}, device)
             start = noise.normal(*shape)
             noise = sampling.BrownianNoise(seed, numbers, path, device) if path else noise
             steps = sampling.sample(diffusion, predict, rule, start, noise=noise, cond=cond)
-            for step, (x, pred) in enumerate(steps, 1):
+            for step, (x, pred) in enumerate(inferred(steps), 1):
                 bar.update()
                 if on_step:
                     on_step(indices, diffusion.num_timesteps - step, x, pred)
             bar.update((number + 1) * diffusion.num_timesteps - bar.n)  # a step may take several rows
+            x = x.clone()  # what was made in inference mode cannot enter a graph
             _check_finite(x, indices)
             bar.set_postfix(images=f"{min(indices[0] + num_ranks * batch_size, num_samples)}/{num_samples}")
             yield indices, x, y
+
+
+def _told(indices, noise, labels, num_classes, given, device):
+    """(labels [n] of the samples of these indices or None, all that the model is told of them)."""
+    y = noise.integers(num_classes) if num_classes else None
+    if labels is not None:
+        y = th.tensor([labels[i] for i in indices], device=device)
+    return y, ({} if y is None else {"y": y}) | {name: of(indices).to(device) for name, of in given.items()}
+
+
+def evaluated(
+    n, diffusion, model, *, shape, labels=None, num_classes=0, given=None, device="cpu", clip_denoised=True,
+    denoised_fn=None, guide=None, steer=None, **_
+):  # fmt: skip
+    """
+    What a walk of n samples asks of the memory: the prediction, with its guidance, at the first, the middle and the
+    last row, on noise. The arguments are those of `sample_stream`.
+    """
+    predict = diffusion.predictor(model, clip_denoised, denoised_fn, None, guide, steer)
+    noise, last = sampling.SeededNoise(0, range(n), device), diffusion.num_timesteps - 1
+    with th.inference_mode():
+        _, cond = _told(range(n), noise, labels, num_classes, given or {}, device)
+        x = noise.normal(*shape)
+        for row in (last, last // 2, 0):
+            predict(x, rows_at(row, n, x.device, []), **cond)
+
+
+def inferred(iterator):
+    """The items of an iterator, each made in `torch.inference_mode`, which spares what autograd notes of tensors."""
+    while True:
+        with th.inference_mode():
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
 
 
 def reverse_process(diffusion, model, shape, count, frames=10, **how):

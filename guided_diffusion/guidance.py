@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 import torch as th
 import torch.nn.functional as F
 
-from .prediction import check_gradient, eps_from_x0, mean_of, row_of
+from .prediction import check_gradient, eps_from_x0, mean_of, row_of, twice
 
 # ---------------------------------------------------------------------------------------------------------- scales
 
@@ -72,7 +72,7 @@ def classifier_guided(predict, grad_fn):
     """
 
     def guided(x, t, **cond):
-        return attached(predict(x, t, **cond), grad_fn(x, t, **cond), t)
+        return attached(predict(x, t, **cond), differentiable(grad_fn)(x, t, **cond), t)
 
     return guided
 
@@ -87,9 +87,25 @@ def classifier_guided_at_mean(predict, grad_fn, process):
     def guided(x, t, **cond):
         pred = predict(x, t, **cond)
         mean = mean_of(process, x, t, pred)
-        return attached(pred, grad_fn(mean, (t - 1).clamp(min=0), **cond), t)
+        return attached(pred, differentiable(grad_fn)(mean, (t - 1).clamp(min=0), **cond), t)
 
     return guided
+
+
+def differentiable(grad_fn):
+    """
+    A gradient function that works within `torch.inference_mode` too, as if that were `torch.no_grad`: tensors that were
+    made there cannot enter a graph, so it is given copies. (A walk of the programs is in inference mode but for this.)
+    """
+
+    def outside(x, t, **cond):
+        if not th.is_inference_mode_enabled():
+            return grad_fn(x, t, **cond)
+        with th.inference_mode(False), th.no_grad():
+            copies = {name: value.clone() if isinstance(value, th.Tensor) else value for name, value in cond.items()}
+            return grad_fn(x.clone(), t.clone(), **copies)
+
+    return outside
 
 
 def attached(pred, grad, t):
@@ -239,8 +255,8 @@ def classifier_free(predict, null, scale, combine=linear, batched=False):
 
     def together(x, t, **cond):
         empty = nulled(cond, null)
-        twice = {name: th.cat([value, empty[name]]) for name, value in cond.items()}
-        a, b = _halves(predict(th.cat([x, x]), th.cat([t, t]), **twice))
+        both = {name: th.cat([value, empty[name]]) for name, value in cond.items()}
+        a, b = _halves(predict(th.cat([x, x]), twice(t), **both))
         return combine(a, b, scale_like(scale, t, x), x, t)
 
     return together if batched else mix(predict, unconditional, scale, combine)

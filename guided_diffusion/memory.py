@@ -4,6 +4,9 @@ import json
 import os
 
 import torch as th
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import checkpoint, config
 
@@ -56,6 +59,36 @@ def activation_bytes(loss, but=()):
     return total
 
 
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is entered: `alive` now, and at most, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+
+    @property
+    def alive(self):
+        self._storages = {key: (ref, size) for key, (ref, size) in self._storages.items() if not ref.expired()}
+        return sum(size for _, size in self._storages.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, th.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, th.Tensor) and tensor.untyped_storage()._cdata not in given:
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        return out
+
+
+def working_bytes(action):
+    """Bytes of the tensors that `action()` makes, as many as are alive at once."""
+    with _Alive() as seen:
+        action()
+    return seen.peak
+
+
 def largest_that_fits(attempt, most):
     """
     The largest of 1, 2, 4, ... and `most` for which `attempt(n)` does not run out of the device's memory; 0: none.
@@ -86,6 +119,25 @@ def estimated_fit(free, fixed, each, most):
     if room >= most:
         return most
     return 1 << (room.bit_length() - 1) if room > 0 else 0
+
+
+def fitting(device, attempt, most):
+    """
+    The largest of 1, 2, 4, ... and `most` samples that can be drawn at once: on a GPU those for which `attempt(n)` does
+    not run out of memory, elsewhere estimated from what `attempt(1)` takes, or `most` where it cannot be told.
+
+    :raises ValueError: if not one fits.
+    """
+    if device.type == "cuda":
+        fits = largest_that_fits(attempt, most)
+        th.cuda.empty_cache()
+    else:
+        attempt(1)  # what is made once, as tables, does not count
+        free = free_bytes(device)
+        fits = estimated_fit(free, 0, working_bytes(lambda: attempt(1)), most) if free else most
+    if not fits:
+        raise ValueError("not even one image at a time fits in memory: take 16 bits (--precision), or a smaller model")
+    return fits
 
 
 def free_bytes(device):

@@ -21,8 +21,23 @@ class UsageError(ValueError, AssertionError):
 class GroupNorm32(nn.GroupNorm):
     """Group norm computed in float32 whatever the input's dtype; the result has the input's dtype."""
 
-    def forward(self, x):
-        return super().forward(x.float()).type(x.dtype)
+    def forward(self, x, scale=None, shift=None):
+        """
+        x: [N,C,...]. With scale and shift, [N,C] float32, the norm is adaptive: GN(x) (1 + scale) + shift.
+
+        The two join the norm's own weight and bias, with the samples side by side as so many more channels: one pass
+        over x instead of three, and nothing in between to keep for the backward pass.
+        """
+        if scale is None:
+            return super().forward(x.float()).type(x.dtype)
+        gain, offset = self.weight * (1 + scale), self.bias * (1 + scale) + shift       # [N,C], [N,C]
+        if not x.is_contiguous():  # channels last: side by side they would have to be copied
+            h = nn.functional.group_norm(x.float(), self.num_groups, eps=self.eps)
+            gain, offset = (t[(...,) + (None,) * (x.dim() - 2)] for t in (gain, offset))
+            return (h * gain + offset).type(x.dtype)
+        flat = x.float().view(1, -1, *x.shape[2:])                                      # [1,N*C,...]
+        h = nn.functional.group_norm(flat, len(x) * self.num_groups, gain.flatten(), offset.flatten(), self.eps)
+        return h.view(x.shape).type(x.dtype)
 
 
 def _for_dims(table, dims):
@@ -69,6 +84,10 @@ def update_ema(target_params, source_params, rate=0.99, where=None):
     # Written target + (1 - rate) * (source - target), so that a target which has arrived at its source stays there.
     if where is None:
         torch._foreach_lerp_(targets, sources, 1 - rate)
+        return
+    if where.device.type == "cpu":  # one pass in place of three; the kernels of a GPU take no such weights
+        shares = {dtype: where.to(dtype) * (1 - rate) for dtype in {target.dtype for target in targets}}
+        torch._foreach_lerp_(targets, sources, [shares[target.dtype] for target in targets])
         return
     gaps = torch._foreach_sub(sources, targets)
     torch._foreach_mul_(gaps, where.to(gaps[0].dtype) * (1 - rate))

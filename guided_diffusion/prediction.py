@@ -59,6 +59,13 @@ def rows_at(row, count, device, doubts=None):
     return t
 
 
+def twice(t):
+    """t [N] -> [2N], each row again, with what the host knows of it."""
+    both = th.cat([t, t])
+    both.row, both.doubts = getattr(t, "row", None), getattr(t, "doubts", None)
+    return both
+
+
 def row_of(t):
     """The row that stands in every place of t; a GPU is waited for only if t does not come from `rows_at`."""
     row = getattr(t, "row", None)
@@ -284,12 +291,16 @@ def read(process, mean_type, var_type, guess, v, x, t):
 
 
 def ask(process, net, mean_type, var_type, x, t, cond):
-    """A network's answer at (x, t), in the parts of `split_output`; for EDM it is shown c_in x and told c_noise."""
+    """
+    A network's answer at (x, t), in the parts of `split_output`; for EDM it is shown c_in x and told c_noise. What it
+    is told knows its row, as t does (`rows_at`): a network may keep something from row to row.
+    """
     if mean_type is ModelMeanType.EDM:
-        output = net(edm_scales(process, x, t)[2] * x, edm_noise(process, x, t), **cond)
+        shown, told = edm_scales(process, x, t)[2] * x, edm_noise(process, x, t)
     else:
-        output = net(x, process.clock(t), **cond)
-    return split_output(output, x, var_type)
+        shown, told = x, process.clock(t)
+    told.row = getattr(t, "row", None)
+    return split_output(net(shown, told, **cond), x, var_type)
 
 
 def predictor(process, net, mean_type, var_type):

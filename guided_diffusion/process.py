@@ -138,7 +138,8 @@ class Process:
     def _tensor(self, table, device, dtype):
         key = table, device, dtype
         if key not in self._on_device:
-            self._on_device[key] = th.as_tensor(getattr(self, table)).to(dtype).to(device)
+            with th.inference_mode(False):  # a table that a walk brings there serves training as well
+                self._on_device[key] = th.as_tensor(getattr(self, table)).to(dtype).to(device)
         return self._on_device[key]
 
     def q_mean_variance(self, x_start, t):

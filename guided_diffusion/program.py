@@ -10,14 +10,17 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
+from .compiling import compile_blocks
 from .fp16_util import PRECISIONS
-from .generate import planned, sample_stream, save_class_grid, save_frames
+from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
 from .pace import convolution_rate
+from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
 
+LARGEST_BATCH = 256  # that --batch_size 0 takes: more is no faster
 PATHS = "model_path classifier_path guide_path resume_checkpoint clip_path prior_path super_res_path".split()
 
 
@@ -248,7 +251,7 @@ def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed lr_schedule lr_min lr_warmup eval_interval keep_last keep_every keep_best"
-    names += " background_save max_minutes sharding"
+    names += " background_save max_minutes sharding compile"
     options = {name: getattr(args, name) for name in names.split()}
     options |= {"progress": True, "flags": flags, "folder": args.checkpoint_dir or None}
     if args.microbatch == -1:
@@ -414,6 +417,18 @@ def walk_of(args):
     return walk | {"eta": eta, "sampler_options": config.parse_sampler_options(args.sampler_options)}
 
 
+def hastened(args, model):
+    """A diffusion model that was opened, as the options of sampling want it run. Raises ValueError if it cannot."""
+    config.check_reuse(args)
+    compiled(args, model)
+    return model if args.reuse_every == 1 else Reusing(model, args.reuse_every, args.reuse_depth)
+
+
+def compiled(args, net):
+    """A network, its blocks compiled where --compile says so. Raises ValueError if that cannot be."""
+    return compile_blocks(net) if args.compile else net
+
+
 def worse_model(args, flags):
     """The predictor of --guide_path, with a network and a way of predicting of its own, on the rows of the model."""
     explicit = {"timestep_respacing": flags["timestep_respacing"], "precision": args.precision}
@@ -468,6 +483,15 @@ def finish(args, store, names=None, prompts=(), ways=()):
     dist_util.barrier()
 
 
+def fitting_batch(diffusion, model, count, how):
+    """How many of `count` samples fit in the memory of every process at once. Collective."""
+    most = min(LARGEST_BATCH, math.ceil(count / dist_util.world_size()))
+    fits = memory.fitting(dist_util.dev(), lambda n: evaluated(n, diffusion, model, **how), most)
+    fits = min(dist_util.gather_objects(fits))
+    logger.log(f"--batch_size {fits}, which fits in memory")
+    return fits
+
+
 def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=None, null=None, prompts=(), **how):
     """
     Draw `count` samples as the options of sampling say, by all processes, beginning where a run that was broken off
@@ -479,7 +503,7 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     :param prompts: texts that the samples are drawn for in turn, to name them in the pictures of --frames.
     :param how: what each sample is conditioned on, as `sample_stream` takes it.
     """
-    config.check_counts(args)
+    config.check_counts(args, batch=0)
     if args.frames < 0 or args.frames == 1:
         raise ValueError(f"--frames is how many pictures a walk is shown in, 2 or more, or 0, not {args.frames}")
     full, (height, width) = diffusion, config.size_of(flags)
@@ -495,32 +519,33 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
         "steer": steer_of(args, diffusion, cond_fn),
         "device": dist_util.dev(),
     }
+    batch_size = args.batch_size or fitting_batch(diffusion, model, count, how)
     store = None
     if args.save_samples:
         store = SampleStore(folder, (count, height, width, flags["image_channels"]), plan_of(args, flags),
                             parse_kinds(args.save_as), bool(how["labels"] or how.get("num_classes")))  # fmt: skip
     if store and store.finished:
         logger.log(f"{store.path} is finished already: delete {store.path}.json to draw it again")
-        drain((), store, through, args.batch_size)
+        drain((), store, through, batch_size)
         return store
-    ranks, batches = dist_util.world_size(), math.ceil(count / args.batch_size)
+    ranks, batches = dist_util.world_size(), math.ceil(count / batch_size)
     if batches < ranks:
         logger.warn(
-            f"{count} samples in batches of {args.batch_size} give work to {batches} of {ranks} processes: lower"
+            f"{count} samples in batches of {batch_size} give work to {batches} of {ranks} processes: lower"
             f" --batch_size to {math.ceil(count / ranks)}"
         )
     stream = sample_stream(
         diffusion,
         model,
         num_samples=count,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         rank=dist_util.rank(),
         num_ranks=ranks,
         progress=True,
         skip=store and store.has,
         **how,
     )
-    drain(stream, store, through, args.batch_size)
+    drain(stream, store, through, batch_size)
     if args.frames and dist_util.is_main():
         name = store.path if store else os.path.join(folder, "samples")
         rows = min(count, len(prompts) or 8, 16)

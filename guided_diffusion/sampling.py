@@ -165,6 +165,17 @@ def _generator(*numbers):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
 
 
+def sent(tensor, device):
+    """
+    A tensor of the host's on a device. A GPU fetches it from pinned memory when its turn comes; from other memory the
+    host would have to wait for that, behind all the work that is queued already.
+    """
+    device = th.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class SeededNoise:
     """
     N(0, I) that is a function of (seed, sample index, number of the draw): the batch a sample sits in, and the
@@ -180,7 +191,7 @@ class SeededNoise:
     def normal(self, *shape):
         """[N, *shape]; drawn on the host, so that every device sees the same noise."""
         draws = np.stack([g.standard_normal(shape, dtype=np.float32) for g in self.generators])
-        return th.from_numpy(draws).to(self.device, non_blocking=True)
+        return sent(th.from_numpy(draws), self.device)
 
     def integers(self, high):
         """[N] int64 in 0..high-1."""
@@ -228,7 +239,7 @@ class BrownianNoise:
     def _normal(self, index, number, path, like):
         # The place of a row is never 0: trailing zeros do not change a seed, and SeededNoise's are (seed, index).
         draw = _generator(self.seed, index, number + 1, path).standard_normal(like.shape[1:], dtype=np.float32)
-        return th.from_numpy(np.asarray(draw)).to(self.device, like.dtype, non_blocking=True)
+        return sent(th.from_numpy(np.asarray(draw)), self.device).to(like.dtype)
 
     def _find(self, snr):
         row = int(np.abs(self.snr - snr).argmin())

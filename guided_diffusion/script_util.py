@@ -111,7 +111,7 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
                  use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1,
                  num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False,
                  use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0,
-                 network="adm", vector_channels=0, conv_resample=True):
+                 network="adm", vector_channels=0, conv_resample=True, checkpoint_levels=0):
     """
     The UNetModel, or for network "film" the film_unet.Unet, that the options of the same names describe (see
     config.ModelOptions).
@@ -132,7 +132,8 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
 def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
                     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm,
                     dropout, resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False,
-                    image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0, conv_resample=True):
+                    image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0, conv_resample=True,
+                    checkpoint_levels=0):
     """The SuperResModel for images of large_size; as the network takes any low_res, small_size changes nothing."""
     flags = dict(locals())
     del flags["small_size"]

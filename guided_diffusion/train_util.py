@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, dist_util, ema, health, logger, recognition, saves
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename  # the original's place
+from .compiling import compile_blocks
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm, make_adamw
 from .nn import update_ema
+from .sampling import sent
 from .sharding import shard
 from .tally import Tally, merged
 from .tasks import ClassifierTask as ClassifierTask
@@ -56,6 +58,7 @@ class Trainer:
     :param seed: of everything random.
     :param progress: show a progress bar.
     :param sharding: "none": each of several processes holds the whole network; "fsdp": a part of it, see `sharding`.
+    :param compile: have the network's blocks compiled, see `compiling`; not with sharding.
     :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
         `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
     :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
@@ -99,6 +102,7 @@ class Trainer:
         seed=0,
         progress=False,
         sharding="none",
+        compile=False,
         drop=None,
         watchers=(),
         flags=None,
@@ -111,6 +115,8 @@ class Trainer:
         precision = precision or ("fp16" if use_fp16 else "fp32")
         if sharding not in ("none", "fsdp") or (sharding == "fsdp" and precision != "fp32"):
             raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
+        if compile and sharding != "none":
+            raise ValueError(f"--compile True is for whole networks: not with --sharding {sharding}")
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
         if keep_best and val_data is None:
@@ -152,7 +158,7 @@ class Trainer:
         self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.averages]
         if resume_checkpoint:
             self._load_companions(resume_checkpoint)
-        self.net = self._parallel(task.net)
+        self.net = self._parallel(compile_blocks(task.net) if compile else task.net)
         self.folder = folder or logger.get_dir()
         self.saver = saves.Saver(
             self.folder, background=background_save, keep_last=keep_last, keep_every=keep_every
@@ -301,8 +307,7 @@ class Trainer:
         ranks, rank = dist_util.world_size(), dist_util.rank()
         rng = np.random.default_rng((family, self.seed, self.step))
         th.manual_seed(int(rng.integers(2**63)) + rank)  # of dropout
-        x0 = x0.to(self.device, non_blocking=True)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        x0, cond = sent(x0, self.device), {name: sent(value, self.device) for name, value in cond.items()}
         t, weights = (each[rank::ranks] for each in self.task.draw(len(x0) * ranks, self.device, rng))
         places, share = range(rank, len(x0) * ranks, ranks), Share(rng, rank, ranks)
         if self.drop and family == _TRAIN:

@@ -7,6 +7,7 @@ are [N]. State-dict keys, their order and shapes are those of the published chec
 
 import math
 from abc import abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,12 @@ from .nn import (
     zero_module,
 )
 
-# Up to this many tokens on a CPU the written-out softmax is as fast as the fused kernel: forward and forward+backward
-# in ms, 8 x 4 heads x 64 channels, one core: 16 tokens .11/.36 against .21/.53, 64: .80/2.4 against 1.2/3.1,
-# 256: 8.2/27 against 8.8/27, 1024: 233/858 against 114/376. Only the written-out one can be differentiated twice.
+# Up to this many tokens, and up to four times the width of a head, the written-out softmax is as fast on a CPU as the
+# fused kernel: forward and forward+backward in ms, 8 x 4 heads x 64 channels, one core: 16 tokens .11/.36 against
+# .21/.53, 64: .80/2.4 against 1.2/3.1, 256: 8.2/27 against 8.8/27, 1024: 233/858 against 114/376. In narrow heads the
+# softmax is most of the work, and the fused kernel ahead earlier: an attention block of 8 x 4 heads x 16 channels takes
+# at 64 tokens .42/1.6 against .47/1.5, at 144 3.5/8.9 against 1.8/5.0, at 196 7.9/15 against 2.7/7.9. Only the
+# written-out one can be differentiated twice.
 SHORT_LENGTH = 256
 
 
@@ -59,8 +63,17 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(self.attention(self.qkv_proj(x)))[:, :, 0]
 
 
+class Activated(NamedTuple):
+    """An embedding [N,emb_channels] after its SiLU, which a network takes once for all of its blocks."""
+
+    value: torch.Tensor
+
+
 class TimestepBlock(nn.Module):
-    """A module whose forward also takes the embedding of the timestep (and class): [N,emb_channels]."""
+    """
+    A module whose forward also takes the embedding of the timestep (and class): [N,emb_channels], or inside a network
+    what all blocks need of it, `Activated`.
+    """
 
     @abstractmethod
     def forward(self, x, emb):
@@ -84,11 +97,16 @@ class Upsample(nn.Module):
 
     def __init__(self, channels, use_conv, dims=2, out_channels=None):
         super().__init__()
+        self.axes = range(-1, -1 - min(dims, 2), -1)
         self.factor = (1, 2, 2) if dims == 3 else 2
         self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else nn.Identity()
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+        if x.device.type != "cpu" or not x.is_contiguous():
+            return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
+        for axis in self.axes:  # plain copies: on a CPU 3 to 10 times as fast as the kernel for any factor
+            x = x.repeat_interleave(2, axis)
+        return self.conv(x)
 
 
 class Downsample(nn.Module):
@@ -153,13 +171,13 @@ class ResBlock(TimestepBlock):
     def _forward(self, x, emb):
         norm, act, conv = self.in_layers
         h = conv(self.resample(act(norm(x))))
-        emb = self.emb_layers(emb).type(h.dtype)[(...,) + (None,) * (h.dim() - 2)]  # [N,width or 2*width,1,..]
+        act, project = self.emb_layers
+        emb = project(emb.value if isinstance(emb, Activated) else act(emb))    # [N,width or 2*width]
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = norm(h, *emb.chunk(2, dim=1))
         else:
-            h = norm(h + emb)
+            h = norm(h + emb.type(h.dtype)[(...,) + (None,) * (h.dim() - 2)])
         for layer in rest:
             h = layer(h)
         return self.skip_connection(self.resample(x)) + h
@@ -225,7 +243,7 @@ def attend(q, k, v, valid=None):
     """
     if valid is not None:
         valid = valid[:, None] if valid.dim() == 3 else valid[:, None, None]   # [N,1,L or 1,K]
-    if q.device.type == "cpu" and k.shape[-1] <= SHORT_LENGTH:
+    if q.device.type == "cpu" and k.shape[-1] <= min(SHORT_LENGTH, 4 * q.shape[-2]):
         scale = q.shape[-2] ** -0.25  # on q and k each: less overflow in half precision than after the product
         logits = (q * scale).transpose(-1, -2) @ (k * scale)   # [N,heads,L,K]
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -293,6 +311,7 @@ class UNetTrunk(HalfBody, nn.Module):
     """
 
     num_classes = vector_channels = token_channels = None
+    checkpoint_levels = 0
 
     def __init__(self, options):
         super().__init__()
@@ -300,6 +319,11 @@ class UNetTrunk(HalfBody, nn.Module):
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
         self._check_widths()
+        if not 0 <= self.checkpoint_levels <= len(self.channel_mult):
+            raise ValueError(
+                f"--checkpoint_levels must be from 0 to {len(self.channel_mult)}, the number of levels of channel_mult,"
+                f" not {self.checkpoint_levels}"
+            )
         self.emb_channels = 4 * self.model_channels
         self.time_embed = nn.Sequential(
             linear(self.model_channels, self.emb_channels),
@@ -313,9 +337,11 @@ class UNetTrunk(HalfBody, nn.Module):
         if self.token_channels is not None:  # zeros are no keys: the image's own positions remain
             self.token_emb = Tokens(self.token_channels, self.emb_channels, null="zero")
         self.input_blocks, self.widths = self._build_input_blocks()
-        width = self.widths[-1]
+        width, last = self.widths[-1], len(self.channel_mult) - 1
         self.middle_block = TimestepEmbedSequential(
-            self._res_block(width), self._attention_block(width, self.num_heads), self._res_block(width)
+            self._res_block(last, width),
+            self._attention_block(last, width, self.num_heads),
+            self._res_block(last, width),
         )
 
     @property
@@ -385,7 +411,11 @@ class UNetTrunk(HalfBody, nn.Module):
                     f"the condition {name} is {state}, but this network has {option}={getattr(self, option)}: {remedy}"
                 )
 
-    def _res_block(self, channels, out_channels=None, **resample):
+    def _recomputes(self, level):
+        """Whether the blocks of a level are computed again in the backward pass."""
+        return self.use_checkpoint or level < self.checkpoint_levels
+
+    def _res_block(self, level, channels, out_channels=None, **resample):
         return ResBlock(
             channels,
             self.emb_channels,
@@ -393,16 +423,16 @@ class UNetTrunk(HalfBody, nn.Module):
             out_channels=out_channels,
             use_scale_shift_norm=self.use_scale_shift_norm,
             dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
+            use_checkpoint=self._recomputes(level),
             **resample,
         )
 
-    def _attention_block(self, channels, num_heads):
+    def _attention_block(self, level, channels, num_heads):
         return AttentionBlock(
             channels,
             num_heads,
             self.num_head_channels,
-            self.use_checkpoint,
+            self._recomputes(level),
             self.use_new_attention_order,
             None if self.token_channels is None else self.emb_channels,
         )
@@ -410,15 +440,15 @@ class UNetTrunk(HalfBody, nn.Module):
     def _stage(self, level, channels, num_heads):
         """The layers of one entry at a level: a ResBlock, and attention where the downsampling factor asks for it."""
         width = self._width(level)
-        layers = [self._res_block(channels, width)]
+        layers = [self._res_block(level, channels, width)]
         if 2**level in self.attention_resolutions:
-            layers.append(self._attention_block(width, num_heads))
+            layers.append(self._attention_block(level, width, num_heads))
         return layers
 
-    def _resample(self, channels, **direction):
-        """One layer that halves (down=True) or doubles (up=True) the resolution."""
+    def _resample(self, level, channels, **direction):
+        """One layer that halves (down=True) or doubles (up=True) the resolution, `level` the finer of the two."""
         if self.resblock_updown:
-            return self._res_block(channels, **direction)
+            return self._res_block(level, channels, **direction)
         return (Upsample if "up" in direction else Downsample)(channels, self.conv_resample, self.dims)
 
     def _build_input_blocks(self):
@@ -427,7 +457,7 @@ class UNetTrunk(HalfBody, nn.Module):
         blocks = [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, widths[0], 3, padding=1))]
         for level in range(len(self.channel_mult)):
             if level > 0:
-                blocks.append(TimestepEmbedSequential(self._resample(widths[-1], down=True)))
+                blocks.append(TimestepEmbedSequential(self._resample(level - 1, widths[-1], down=True)))
                 widths.append(widths[-1])
             for _ in range(self.num_res_blocks):
                 blocks.append(TimestepEmbedSequential(*self._stage(level, widths[-1], self.num_heads)))
@@ -439,10 +469,10 @@ class UNetTrunk(HalfBody, nn.Module):
         emb = emb if y is None else emb + self.label_emb(y)
         return emb if vector is None else emb + self.vector_emb(vector, len(emb))
 
-    def _encode(self, x, emb, tokens=()):
-        """The output of every input block and, last, of the middle block."""
+    def _encode(self, x, emb, tokens=(), first=None):
+        """The output of every input block and, last, of the middle block; or of the `first` so many of these."""
         h, outputs = x.type(self.dtype), []
-        for module in [*self.input_blocks, self.middle_block]:
+        for module in [*self.input_blocks, self.middle_block][:first]:
             h = module(h, emb, *tokens)
             outputs.append(h)
         return outputs
@@ -463,7 +493,8 @@ class UNetModel(UNetTrunk):
     many channels are then required (see `conditions`); vectors join the embedding of the time, tokens every attention
     as further keys and values (GLIDE, arXiv 2112.10741). num_heads_upsample: heads of the upward path, -1 as
     num_heads; both count only when num_head_channels is -1. conv_resample: with weights (else average / nearest).
-    use_fp16: a wish, for the programs, that convert_to_fp16 be called once the weights are loaded.
+    checkpoint_levels: of so many levels, from the finest on, blocks are recomputed in the backward pass;
+    use_checkpoint: all are. use_fp16: a wish, for the programs, that convert_to_fp16 be called after loading.
     Raises ValueError for widths, sizes or heads that do not divide.
     """
 
@@ -471,7 +502,7 @@ class UNetModel(UNetTrunk):
                  dropout=0, channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None,
                  use_checkpoint=False, use_fp16=False, num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
                  use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False,
-                 vector_channels=None, token_channels=None):
+                 vector_channels=None, token_channels=None, checkpoint_levels=0):
         super().__init__(locals())
         self._check_size("image_size", _sides(image_size))
         self.output_blocks = self._build_output_blocks()
@@ -488,18 +519,18 @@ class UNetModel(UNetTrunk):
                 layers = self._stage(level, width + skips.pop(), self.num_heads_upsample)
                 width = self._width(level)
                 if level > 0 and i == self.num_res_blocks:
-                    layers.append(self._resample(width, up=True))
+                    layers.append(self._resample(level - 1, width, up=True))
                 blocks.append(TimestepEmbedSequential(*layers))
         return nn.ModuleList(blocks)
 
     def _half_modules(self):
         return [*super()._half_modules(), self.output_blocks]
 
-    def forward(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None):
+    def forward(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None, deep=None):
         """
         x: [N,in_channels,...]; timesteps: [N], fractional allowed; y: labels [N], if and only if num_classes is set;
         vector: [N,vector_channels] and tokens: [N,L,token_channels] likewise; token_mask: [N,L], true for the tokens
-        that count, None if all do.
+        that count, None if all do; deep: a `reuse.Deep`, where deep features are kept or, if there, taken from.
 
         Raises UsageError (a ValueError and an AssertionError) for missing or needless conditions and misshapen labels,
         ValueError for labels out of range (seen on CPU only), conditions of another shape or kind, and inputs of other
@@ -509,11 +540,17 @@ class UNetModel(UNetTrunk):
         self._check_size("input size", x.shape[3 if self.dims == 3 else 2:])
         self._check_labels(y, len(x))
         self._check_given(vector=vector, tokens=tokens)
-        emb = self._embed(timesteps, y, vector)
+        emb = Activated(F.silu(self._embed(timesteps, y, vector)))
         tokens = () if tokens is None else self.token_emb(tokens, token_mask, len(x))    # [N,L,emb_channels], [N,L]
-        *skips, h = self._encode(x, emb, tokens)
-        for module in self.output_blocks:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb, *tokens)
+        depth = 0 if deep is None else deep.depth
+        if depth and deep.feature is not None:
+            skips, h = self._encode(x, emb, tokens, depth), deep.feature
+        else:
+            *skips, h = self._encode(x, emb, tokens)
+        for left in range(len(skips), 0, -1):
+            if left == depth:
+                deep.feature = h
+            h = self.output_blocks[-left](torch.cat([h, skips.pop()], dim=1), emb, *tokens)
         return self.out(h.float()).type(x.dtype)
 
 
@@ -581,7 +618,7 @@ class EncoderUNetModel(UNetTrunk):
 
     def _trunk_outputs(self, x, timesteps):
         self._check_channels(x)
-        return self._encode(x, self._embed(timesteps))
+        return self._encode(x, Activated(F.silu(self._embed(timesteps))))
 
     def features(self, x, timesteps):
         """Spatial mean of the trunk's last feature map, float32: [N,C,...], [N] -> [N,width of the last level]."""

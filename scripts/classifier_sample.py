@@ -1,7 +1,6 @@
 """Draw images from a diffusion model, steered by a classifier of noised images towards classes."""
 
-from evaluations.sampled import scored
-from guided_diffusion import config, program
+from guided_diffusion import config
 from guided_diffusion.config import (
     ClassifierOptions,
     ClassifierSampleOptions,
@@ -10,6 +9,12 @@ from guided_diffusion.config import (
     ModelOptions,
     RunOptions,
 )
+
+OPTIONS = ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, EvaluateOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from evaluations.sampled import scored
+from guided_diffusion import program
 from guided_diffusion.guidance import classifier_gradient, summed
 from guided_diffusion.script_util import open_classifier, open_diffusion
 
@@ -18,12 +23,12 @@ SHARED = ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "
 
 
 def main():
-    groups = ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, EvaluateOptions, RunOptions
-    args = config.parse(__doc__, *groups)
+    args = config.parse(__doc__, *OPTIONS)
     strength = config.check_classifier_guidance(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions, ClassifierOptions)
     explicit = config.explicit_flags(args)
     model, diffusion, flags = open_diffusion(args.model_path, explicit, device)
+    model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
     gradients, seen = [], None
     for path in args.classifier_path.split(","):
@@ -31,6 +36,7 @@ def main():
         classifier.requires_grad_(False)  # only the gradient with respect to the image is wanted
         seen = check_fit(args, flags, path, its_flags, seen)
         program.log_network(path, its_flags)
+        program.compiled(args, classifier)
         gradients.append(classifier_gradient(classifier, marginal=args.classifier_marginal))
 
     def model_fn(x, t, y=None, **cond):

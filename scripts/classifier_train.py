@@ -1,14 +1,19 @@
 """Train a classifier of noised images, for guidance; or of clean ones, for scoring (--noised False)."""
 
-from guided_diffusion import config, program
+from guided_diffusion import config
 from guided_diffusion.config import ClassifierOptions, ClassifierTrainOptions, DiffusionOptions, RunOptions
+
+OPTIONS = ClassifierTrainOptions, ClassifierOptions, DiffusionOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from guided_diffusion import program
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_classifier_and_diffusion
 from guided_diffusion.train_util import ClassifierTask, Trainer
 
 
 def main():
-    args = config.parse(__doc__, ClassifierTrainOptions, ClassifierOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "classifier", ClassifierOptions, DiffusionOptions)
     classifier, diffusion = create_classifier_and_diffusion(**flags)

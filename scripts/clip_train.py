@@ -1,14 +1,19 @@
 """Train CLIP, which brings pictures and captions into one space, on an npz of captioned images."""
 
-from guided_diffusion import config, ema, program
+from guided_diffusion import config
 from guided_diffusion.config import ClipOptions, ClipTrainOptions, RunOptions
+
+OPTIONS = ClipTrainOptions, ClipOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from guided_diffusion import ema, program
 from guided_diffusion.text_to_image import models, training
 from guided_diffusion.text_to_image.tasks import ClipTask, with_captions
 from guided_diffusion.train_util import Trainer
 
 
 def main():
-    args = config.parse(__doc__, ClipTrainOptions, ClipOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     training.check_preset(args)
     training.check_fp32(args)
     training.check_whole(args)

@@ -3,7 +3,7 @@ Write a checkpoint in another form: NAME.pt with config.json, NAME.safetensors w
 Hugging Face diffusers reads.
 """
 
-from guided_diffusion import config, convert, program
+from guided_diffusion import config
 from guided_diffusion.config import (
     ClassifierOptions,
     ConvertOptions,
@@ -12,14 +12,18 @@ from guided_diffusion.config import (
     SuperResOptions,
 )
 
+POSITIONAL = {
+    "source": "checkpoint, name of a published model, or folder of diffusers",
+    "target": "NAME.pt, NAME.safetensors, or another name for a new folder of diffusers",
+}
+OPTIONS = ConvertOptions, ModelOptions, SuperResOptions, ClassifierOptions, DiffusionOptions
+config.answer_help(__name__, __doc__, *OPTIONS, positional=POSITIONAL)  # before what takes seconds to import
+
+from guided_diffusion import convert, program
+
 
 def main():
-    names = {
-        "source": "checkpoint, name of a published model, or folder of diffusers",
-        "target": "NAME.pt, NAME.safetensors, or another name for a new folder of diffusers",
-    }
-    groups = ConvertOptions, ModelOptions, SuperResOptions, ClassifierOptions, DiffusionOptions
-    args = config.parse(__doc__, *groups, positional=names)
+    args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     program.alone()
     model = convert.convert(args.source, args.target, config.explicit_flags(args))
     print(f"{args.target}: a {model.kind} network of {sum(t.numel() for t in model.state.values()):,} numbers")

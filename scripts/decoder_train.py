@@ -1,6 +1,6 @@
 """Train the decoder, which draws pictures of CLIP embeddings and captions, on an npz of captioned images."""
 
-from guided_diffusion import config, ema, program
+from guided_diffusion import config
 from guided_diffusion.config import (
     DecoderOptions,
     DecoderProcessOptions,
@@ -8,6 +8,11 @@ from guided_diffusion.config import (
     PictureOptions,
     RunOptions,
 )
+
+OPTIONS = DecoderTrainOptions, PictureOptions, DecoderOptions, DecoderProcessOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from guided_diffusion import ema, program
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import process_of
 from guided_diffusion.text_to_image import decoder, models, training
@@ -16,9 +21,7 @@ from guided_diffusion.train_util import DiffusionTask, Trainer
 
 
 def main():
-    args = config.parse(
-        __doc__, DecoderTrainOptions, PictureOptions, DecoderOptions, DecoderProcessOptions, RunOptions
-    )
+    args = config.parse(__doc__, *OPTIONS)
     training.check_preset(args)
     drop = decoder.dropping(args.embedding_dropout, args.caption_dropout)
     device, folder = program.start(args)

@@ -7,25 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from evaluations import errors, intervals, tables
-from evaluations.evaluator import write
-from evaluations.features import ClassifierExtractor
-from evaluations.judge import judged
-from guided_diffusion import config, generate, pictures, study
+from guided_diffusion import config
 from guided_diffusion.config import option
-from guided_diffusion.guidance import classifier_gradient
-from guided_diffusion.script_util import open_classifier, open_diffusion
-
-IMAGES = ["--image_size", "8", "--image_channels", "1"]
-PROCESS = ["--noise_schedule", "cosine"]
-NETWORK = "--num_channels 32 --num_res_blocks 2 --attention_resolutions 4 --num_head_channels 32".split()
-CLASSIFIER = (
-    "--num_classes 10 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4"
-    " --classifier_num_head_channels 32"
-).split()
-TRAINING = "--batch_size 64 --random_flip False --num_workers 0".split()
 
 
 @dataclass
@@ -40,6 +23,29 @@ class DemoOptions:
     scales: str = option("0,1,3,6,12", "guidance scales of ancestral sampling")
     ddim_scales: str = option("0,3,6", "guidance scales of DDIM, with half as many steps")
     seed: int = option(0, "seed of everything random")
+
+
+OPTIONS = (DemoOptions,)
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+import numpy as np
+
+from evaluations import errors, intervals, tables
+from evaluations.evaluator import write
+from evaluations.features import ClassifierExtractor
+from evaluations.judge import judged
+from guided_diffusion import generate, pictures, study
+from guided_diffusion.guidance import classifier_gradient
+from guided_diffusion.script_util import open_classifier, open_diffusion
+
+IMAGES = ["--image_size", "8", "--image_channels", "1"]
+PROCESS = ["--noise_schedule", "cosine"]
+NETWORK = "--num_channels 32 --num_res_blocks 2 --attention_resolutions 4 --num_head_channels 32".split()
+CLASSIFIER = (
+    "--num_classes 10 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4"
+    " --classifier_num_head_channels 32"
+).split()
+TRAINING = "--batch_size 64 --random_flip False --num_workers 0".split()
 
 
 # ----------------------------------------------------------------------------------------------------------- the work
@@ -220,7 +226,7 @@ def check(args):
 
 
 def main():
-    args = config.parse(__doc__, DemoOptions)
+    args = config.parse(__doc__, *OPTIONS)
     start = time.monotonic()
     check(args)
     demo = study.Study(Path(__file__).resolve().parent.parent, Path(args.out), args.seed)

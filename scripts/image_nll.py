@@ -3,10 +3,15 @@
 import json
 import os
 
+from guided_diffusion import config
+from guided_diffusion.config import DiffusionOptions, ModelOptions, NLLOptions, RunOptions
+
+OPTIONS = NLLOptions, ModelOptions, DiffusionOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
 import numpy as np
 
-from guided_diffusion import checkpoint, config, dist_util, logger, losses, pictures, program
-from guided_diffusion.config import DiffusionOptions, ModelOptions, NLLOptions, RunOptions
+from guided_diffusion import checkpoint, dist_util, logger, losses, pictures, program
 from guided_diffusion.generate import progress_bar
 from guided_diffusion.sampling import SeededNoise
 from guided_diffusion.script_util import open_diffusion
@@ -15,7 +20,7 @@ TERMS = {"vb": "vb_terms.npz", "mse": "mse_terms.npz", "xstart_mse": "xstart_mse
 
 
 def main():
-    args = config.parse(__doc__, NLLOptions, ModelOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     config.check_counts(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)

@@ -1,15 +1,21 @@
 """Draw images from a diffusion model."""
 
-from evaluations.sampled import scored
-from guided_diffusion import config, program
+from guided_diffusion import config
 from guided_diffusion.config import DiffusionOptions, EvaluateOptions, ModelOptions, RunOptions, SampleOptions
+
+OPTIONS = SampleOptions, ModelOptions, DiffusionOptions, EvaluateOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from evaluations.sampled import scored
+from guided_diffusion import program
 from guided_diffusion.script_util import open_diffusion
 
 
 def main():
-    args = config.parse(__doc__, SampleOptions, ModelOptions, DiffusionOptions, EvaluateOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
+    model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
     num_classes, names = 0, None

@@ -1,9 +1,14 @@
 """Train a diffusion model on images."""
 
+from guided_diffusion import config
+from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions, WatchOptions
+
+OPTIONS = TrainOptions, WatchOptions, ModelOptions, DiffusionOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
 import numpy as np
 
-from guided_diffusion import config, dist_util, logger, pictures, program
-from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions, WatchOptions
+from guided_diffusion import dist_util, logger, pictures, program
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -12,7 +17,7 @@ from guided_diffusion.watch import Watch
 
 
 def main():
-    args = config.parse(__doc__, TrainOptions, WatchOptions, ModelOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     config.check_watching(args)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "diffusion", ModelOptions, DiffusionOptions)

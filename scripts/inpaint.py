@@ -2,15 +2,20 @@
 
 import itertools
 
+from guided_diffusion import config
+from guided_diffusion.config import DiffusionOptions, InpaintOptions, ModelOptions, RunOptions
+
+OPTIONS = InpaintOptions, ModelOptions, DiffusionOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
 import torch as th
 
-from guided_diffusion import config, dist_util, generate, inverse, logger, pictures, program, sampling
-from guided_diffusion.config import DiffusionOptions, InpaintOptions, ModelOptions, RunOptions
+from guided_diffusion import dist_util, generate, inverse, logger, pictures, program, sampling
 from guided_diffusion.script_util import open_classifier, open_diffusion
 
 
 def main():
-    args = config.parse(__doc__, InpaintOptions, ModelOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     config.check_restoration(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     program.alone()

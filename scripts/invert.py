@@ -1,17 +1,22 @@
 """From images to the noise that a deterministic sampler turns into them, and back."""
 
+from guided_diffusion import config
+from guided_diffusion.config import DiffusionOptions, InvertOptions, ModelOptions, RunOptions
+
+OPTIONS = InvertOptions, ModelOptions, DiffusionOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
 import numpy as np
 import torch as th
 
-from guided_diffusion import config, generate, inverse, logger, pictures, program, sampling
+from guided_diffusion import generate, inverse, logger, pictures, program, sampling
 from guided_diffusion.arrays import read_npz
-from guided_diffusion.config import DiffusionOptions, InvertOptions, ModelOptions, RunOptions
 from guided_diffusion.script_util import open_diffusion
 from guided_diffusion.spacing import pick
 
 
 def main():
-    args = config.parse(__doc__, InvertOptions, ModelOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     check(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     program.alone()

@@ -8,13 +8,38 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from guided_diffusion import config
+from guided_diffusion.config import option
+
+
+@dataclass
+class MnistOptions:
+    """study"""
+
+    data: str = option("digits", "digits: those of scikit-learn; or what datasets/mnist.py wrote, or reads")
+    image_size: int = option(0, "side in pixels, a multiple of 32 for the DiffUNet; 0: 8 for the digits, 16 for others")
+    network: str = option("small", "small, or the configuration of DiffUNet", ("small", "diffunet", "diffunet_large"))
+    iterations: int = option(2000, "updates of the diffusion model")
+    judge_iterations: int = option(1000, "updates of the judge, a classifier of clean digits")
+    batch_size: int = option(64, "images in an update")
+    lr: float = option(1e-3, "learning rate of the diffusion model")
+    steps: int = option(50, "steps of ancestral sampling")
+    scales: str = option("0,1,2,4,8", "guidance scales; 0 draws without the label, 1 with it and no guidance")
+    num_samples: int = option(200, "digits drawn for each scale and seed")
+    seeds: int = option(3, "runs of sampling for each scale, over which the scores are averaged")
+    out: str = option("runs/mnist", "folder for data, runs, samples, pictures and the report")
+    seed: int = option(0, "seed of everything random")
+
+
+OPTIONS = (MnistOptions,)
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
 import numpy as np
 
 from evaluations import intervals
 from evaluations.features import ClassifierExtractor
 from evaluations.judge import judged
-from guided_diffusion import config, diffunet, generate, guidance, pictures, study
-from guided_diffusion.config import option
+from guided_diffusion import diffunet, generate, guidance, pictures, study
 from guided_diffusion.script_util import open_diffusion
 
 SMALL = "--num_channels 32 --num_res_blocks 1 --attention_resolutions 4 --num_head_channels 32"
@@ -28,25 +53,6 @@ MEASURES = {
     "precision": "precision",
     "fid": "Frechet distance",
 }
-
-
-@dataclass
-class MnistOptions:
-    """study"""
-
-    data: str = option("digits", "digits: those of scikit-learn; or what datasets/mnist.py wrote, or reads")
-    image_size: int = option(0, "side in pixels, a multiple of 32 for the DiffUNet; 0: 8 for the digits, 16 for others")
-    network: str = option("small", "small, or the configuration of DiffUNet", ("small", *diffunet.FLAGS))
-    iterations: int = option(2000, "updates of the diffusion model")
-    judge_iterations: int = option(1000, "updates of the judge, a classifier of clean digits")
-    batch_size: int = option(64, "images in an update")
-    lr: float = option(1e-3, "learning rate of the diffusion model")
-    steps: int = option(50, "steps of ancestral sampling")
-    scales: str = option("0,1,2,4,8", "guidance scales; 0 draws without the label, 1 with it and no guidance")
-    num_samples: int = option(200, "digits drawn for each scale and seed")
-    seeds: int = option(3, "runs of sampling for each scale, over which the scores are averaged")
-    out: str = option("runs/mnist", "folder for data, runs, samples, pictures and the report")
-    seed: int = option(0, "seed of everything random")
 
 
 def prepare(work, args):
@@ -190,7 +196,7 @@ def check(args):
 
 
 def main():
-    args = config.parse(__doc__, MnistOptions)
+    args = config.parse(__doc__, *OPTIONS)
     start = time.monotonic()
     check(args)
     args.image_size = args.image_size or (8 if args.data == "digits" else 16)

@@ -4,15 +4,21 @@ import math
 import os
 import re
 
-from guided_diffusion import checkpoint, config, ema, program, saves
+from guided_diffusion import config
 from guided_diffusion.config import PosthocOptions
+
+POSITIONAL = {"folder": "folder of the run"}
+OPTIONS = (PosthocOptions,)
+config.answer_help(__name__, __doc__, *OPTIONS, positional=POSITIONAL)  # before what takes seconds to import
+
+from guided_diffusion import checkpoint, ema, program, saves
 
 DOUBTFUL = 0.02  # relative error of a profile
 NEGLIGIBLE = 1e-9  # weight of a snapshot that is not read
 
 
 def main():
-    args = config.parse(__doc__, PosthocOptions, positional={"folder": "folder of the run"})
+    args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     program.alone()
     averages = ema.parse(powers=args.sigma_rel)
     if not averages or args.step < 0 or (args.out and len(averages) > 1):

@@ -2,8 +2,13 @@
 
 from functools import partial
 
-from guided_diffusion import config, ema, guidance, program
+from guided_diffusion import config
 from guided_diffusion.config import PriorOptions, PriorProcessOptions, PriorTrainOptions, RunOptions
+
+OPTIONS = PriorTrainOptions, PriorOptions, PriorProcessOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from guided_diffusion import ema, guidance, program
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import process_of
 from guided_diffusion.text_to_image import decoder, models, prior, training
@@ -12,7 +17,7 @@ from guided_diffusion.train_util import DiffusionTask, Trainer
 
 
 def main():
-    args = config.parse(__doc__, PriorTrainOptions, PriorOptions, PriorProcessOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     training.check_preset(args)
     training.check_fp32(args)
     decoder.check_rate("caption_dropout", args.caption_dropout)

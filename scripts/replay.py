@@ -4,12 +4,18 @@ import os
 import subprocess
 import sys
 
-from guided_diffusion import checkpoint, config, program, runs
+from guided_diffusion import config
 from guided_diffusion.config import ReplayOptions
+
+POSITIONAL = {"folder": "folder of the run"}
+OPTIONS = (ReplayOptions,)
+config.answer_help(__name__, __doc__, *OPTIONS, positional=POSITIONAL)  # before what takes seconds to import
+
+from guided_diffusion import checkpoint, program, runs
 
 
 def main():
-    args = config.parse(__doc__, ReplayOptions, positional={"folder": "folder of the run"})
+    args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     program.alone()
     folder, content = runs.open_run(args.folder)
     start = content["starts"][0]

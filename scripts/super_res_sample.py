@@ -2,8 +2,7 @@
 
 import os
 
-from evaluations.sampled import scored
-from guided_diffusion import config, dist_util, logger, program, super_res
+from guided_diffusion import config
 from guided_diffusion.config import (
     DiffusionOptions,
     EvaluateOptions,
@@ -11,14 +10,21 @@ from guided_diffusion.config import (
     SuperResOptions,
     SuperResSampleOptions,
 )
+
+OPTIONS = SuperResSampleOptions, SuperResOptions, DiffusionOptions, EvaluateOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from evaluations.sampled import scored
+from guided_diffusion import dist_util, logger, program, super_res
 from guided_diffusion.script_util import open_super_res
 
 
 def main():
-    args = config.parse(__doc__, SuperResSampleOptions, SuperResOptions, DiffusionOptions, EvaluateOptions, RunOptions)
-    config.check_counts(args)
+    args = config.parse(__doc__, *OPTIONS)
+    config.check_counts(args, batch=0)
     device, folder = program.start(args, SuperResOptions, DiffusionOptions)
     model, diffusion, flags = open_super_res(args.model_path, config.explicit_flags(args), device)
+    model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
     config.check_classes(flags, args.classes)
     names, conditional = program.class_names(args.model_path), flags["class_cond"]

@@ -1,14 +1,19 @@
 """Train a super-resolution model: images of --large_size given themselves at --small_size."""
 
-from guided_diffusion import config, ema, program
+from guided_diffusion import config
 from guided_diffusion.config import DiffusionOptions, RunOptions, SuperResOptions, SuperResTrainOptions
+
+OPTIONS = SuperResTrainOptions, SuperResOptions, DiffusionOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+from guided_diffusion import ema, program
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import sr_create_model_and_diffusion
 from guided_diffusion.train_util import SuperResTask, Trainer
 
 
 def main():
-    args = config.parse(__doc__, SuperResTrainOptions, SuperResOptions, DiffusionOptions, RunOptions)
+    args = config.parse(__doc__, *OPTIONS)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "super_res", SuperResOptions, DiffusionOptions)
     config.check_sides(flags)

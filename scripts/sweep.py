@@ -11,15 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch as th
-
-from evaluations import report, tables
-from evaluations.evaluator import evaluate, write
-from evaluations.features import make_extractor
-from guided_diffusion import checkpoint, config, generate, published, sampling, study
+from guided_diffusion import config
 from guided_diffusion.config import option
-from guided_diffusion.prediction import Prediction
-from guided_diffusion.script_util import open_diffusion
 
 
 @dataclass
@@ -42,6 +35,19 @@ class SweepOptions:
     device: str = option("", "cpu, cuda, cuda:1, mps...; empty: a GPU if there is one")
     seed: int = option(0, "seed of the samples, alike in all cases, so that differences show (evaluations/compare.py)")
     out: str = option("runs/sweep", "folder of the cases, the features and the page")
+
+
+OPTIONS = (SweepOptions,)
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+import torch as th
+
+from evaluations import report, tables
+from evaluations.evaluator import evaluate, write
+from evaluations.features import make_extractor
+from guided_diffusion import checkpoint, generate, published, sampling, study
+from guided_diffusion.prediction import Prediction
+from guided_diffusion.script_util import open_diffusion
 
 
 def cases_of(args):
@@ -145,7 +151,7 @@ def check(args):
 
 
 def main():
-    args = config.parse(__doc__, SweepOptions)
+    args = config.parse(__doc__, *OPTIONS)
     check(args)
     cases, made = cases_of(args), []
     device = args.device or ("cuda" if th.cuda.is_available() else "cpu")

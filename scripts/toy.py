@@ -4,17 +4,8 @@ import os
 from collections import deque
 from dataclasses import dataclass
 
-import torch as th
-
-from guided_diffusion import config, toy
+from guided_diffusion import config
 from guided_diffusion.config import option
-from guided_diffusion.guidance import classifier_guided
-from guided_diffusion.prediction import ModelVarType
-from guided_diffusion.process import Process, get_named_beta_schedule
-from guided_diffusion.sampling import SAMPLERS, sample
-from guided_diffusion.spacing import pick, spaced_rows
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
 
 @dataclass
@@ -27,6 +18,21 @@ class ToyOptions:
     samplers: str = option("ddpm,ddim,heun,dpmpp_2m", "samplers by name, one row each")
     scales: str = option("0,1,4", "scales of classifier guidance, one column each")
     seed: int = option(0, "seed of the start and the noise")
+
+
+OPTIONS = (ToyOptions,)
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
+import torch as th
+
+from guided_diffusion import toy
+from guided_diffusion.guidance import classifier_guided
+from guided_diffusion.prediction import ModelVarType
+from guided_diffusion.process import Process, get_named_beta_schedule
+from guided_diffusion.sampling import SAMPLERS, sample
+from guided_diffusion.spacing import pick, spaced_rows
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
 
 def draw_samples(data, name, scale, args):
@@ -48,7 +54,7 @@ def draw_samples(data, name, scale, args):
 
 
 def main():
-    args = config.parse(__doc__, ToyOptions)
+    args = config.parse(__doc__, *OPTIONS)
     scales = [float(part) for part in args.scales.split(",")]
     data = toy.ring()
     from matplotlib.figure import Figure

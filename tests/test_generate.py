@@ -86,3 +86,34 @@ def test_the_named_ddim_is_the_original_one():
 def test_what_cannot_be_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         draw(**options)
+
+
+def test_walks_are_in_inference_mode_but_for_the_gradient():
+    """The network knows nothing of autograd, the gradient function may use it, and what comes out may enter a graph."""
+    modes = []
+    diffusion = create_gaussian_diffusion(steps=30, timestep_respacing="3")
+
+    def network(x, t, y):
+        modes.append(("network", th.is_inference_mode_enabled(), th.is_grad_enabled()))
+        return 0.1 * x
+
+    def cond_fn(x, t, y):
+        modes.append(("gradient", th.is_inference_mode_enabled(), th.is_grad_enabled()))
+        with th.enable_grad():
+            x = x.detach().requires_grad_()
+            return th.autograd.grad((x * y.view(-1, 1, 1, 1)).square().sum(), x)[0]
+
+    how = {"shape": (1, 4, 4), "num_samples": 2, "batch_size": 2, "labels": [1, 2], "seed": 3}
+    ((_, x, y),) = sample_stream(diffusion, network, cond_fn=cond_fn, **how)
+    assert modes == [("network", True, False), ("gradient", False, False)] * 3
+    assert not x.is_inference() and not y.is_inference()
+    x.requires_grad_().square().sum().backward()
+    assert th.equal(x.grad, 2 * x)
+    noise = sampling.SeededNoise(3, range(2))
+    y = th.tensor([1, 2])
+    predict, start = diffusion.predictor(network, cond_fn=cond_fn), noise.normal(1, 4, 4)
+    *_, (plain, _) = sampling.sample(diffusion, predict, sampling.ddpm, start, noise=noise, cond={"y": y})
+    assert th.equal(plain, x)  # the walk without inference mode
+    weight = th.ones(2, 1, 4, 4, requires_grad=True)  # the tables that the walk used first serve training
+    (diffusion.q_sample(x.detach(), y, x.detach()) * diffusion.at("betas", y, weight) * weight).sum().backward()
+    assert weight.grad.isfinite().all()

@@ -12,7 +12,8 @@ from torch import nn as tnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusion import unet
-from guided_diffusion.nn import UsageError, timestep_embedding
+from guided_diffusion.memory import activation_bytes
+from guided_diffusion.nn import UsageError, normalization, timestep_embedding
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = json.loads((GOLDEN / "networks.json").read_text())
@@ -192,7 +193,7 @@ def test_signatures_are_the_originals():
     first = ["image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions"]
     trunk = {"dropout": 0, "channel_mult": (1, 2, 4, 8), "conv_resample": True, "dims": 2}
     half = {"use_checkpoint": False, "use_fp16": False}
-    more = {"vector_channels": None, "token_channels": None}  # what the original has not, at the end
+    more = {"vector_channels": None, "token_channels": None, "checkpoint_levels": 0}  # what the original has not
     res = {"out_channels": None, "use_conv": False, "use_scale_shift_norm": False, "dims": 2, "use_checkpoint": False,
            "up": False, "down": False}
     expected = {
@@ -212,7 +213,7 @@ def test_signatures_are_the_originals():
         assert list(parameters) == required + list(optional), cls.__name__
         assert {k: p.default for k, p in parameters.items() if k in optional} == optional, cls.__name__
     assert str(inspect.signature(unet.SuperResModel)) == "(image_size, in_channels, *args, **kwargs)"
-    signature = "(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None)"
+    signature = "(self, x, timesteps, y=None, vector=None, tokens=None, token_mask=None, deep=None)"
     assert str(inspect.signature(unet.UNetModel.forward)) == signature
     assert str(inspect.signature(unet.SuperResModel.forward)) == "(self, x, timesteps, low_res=None, **kwargs)"
     assert str(inspect.signature(unet.EncoderUNetModel.forward)) == "(self, x, timesteps)"
@@ -257,7 +258,7 @@ def test_s08_03_class_embedding_is_added_after_the_mlp_and_before_the_silu():
     block = model.input_blocks[1][0]
     _, emb = captured(block, lambda: model(x, t, y))
     expected = model.time_embed(timestep_embedding(t, 32)) + model.label_emb.weight[y]
-    torch.testing.assert_close(emb, expected)
+    torch.testing.assert_close(emb.value, silu(expected))
     (inside,) = captured(block.emb_layers[1], lambda: model(x, t, y))
     torch.testing.assert_close(inside, expected * torch.sigmoid(expected))
 
@@ -295,6 +296,58 @@ def test_s08_04_scale_is_the_first_half_and_acts_between_norm_and_silu(scale_shi
     assert block.skip_connection.kernel_size == ((3, 3) if use_conv else (1, 1))
     x, emb = rnd(1, 2, 32, 6, 4), rnd(2, 2, 16)
     torch.testing.assert_close(block(x, emb), written_out_res_block(block, x, emb), rtol=1e-4, atol=1e-5)
+
+
+def test_the_embedding_is_activated_once_for_all_blocks():
+    model = filled(tiny(num_classes=10))
+    seen = []
+    for block in model.modules():
+        if isinstance(block, unet.ResBlock):
+            block.register_forward_pre_hook(lambda module, args: seen.append(args[1].value))
+            block.emb_layers[0].register_forward_hook(lambda *_: pytest.fail("a block activates what all share"))
+    model(rnd(1, 2, 3, 16, 16), torch.tensor([3, 700]), torch.tensor([1, 7]))
+    assert len(seen) > 5 and all(emb is seen[0] for emb in seen)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_adaptive_norm_in_one_pass(layout):
+    """GN(x) (1 + scale) + shift with its gradients, against the formula in float64."""
+    norm = filled(normalization(64))
+    inputs = [rnd(i, *shape) for i, shape in enumerate([(3, 64, 4, 6), (3, 64), (3, 64), (3, 64, 4, 6)])]
+
+    def written(x, scale, shift):
+        return group_norm(x, norm) * (1 + scale[..., None, None]) + shift[..., None, None]
+
+    def of(function, dtype):
+        norm.to(dtype)
+        *wrt, weights = (t.to(dtype).requires_grad_() for t in inputs)
+        out = function(*wrt)
+        return out, *torch.autograd.grad((out * weights).sum(), [*wrt, *norm.parameters()])
+
+    wanted = of(written, torch.float64)
+    got = of(lambda x, *more: norm(x.contiguous(memory_format=layout), *more), torch.float32)
+    assert got[0].is_contiguous(memory_format=layout)
+    for one, other in zip(got, wanted):
+        torch.testing.assert_close(one.double(), other, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims, factor", [(1, 2), (2, 2), (3, (1, 2, 2))])
+def test_upsampling_copies_the_nearest(dims, factor):
+    x = rnd(1, 2, 3, 4, 6, 5)[(...,) + (0,) * (3 - dims)].contiguous()
+    wanted = torch.nn.functional.interpolate(x, scale_factor=factor, mode="nearest")
+    layer = unet.Upsample(3, False, dims)
+    torch.testing.assert_close(layer(x), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x.transpose(0, 1)), wanted.transpose(0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width, length, fused", [(8, 32, False), (8, 33, True), (64, 256, False), (64, 257, True)])
+def test_the_kernel_by_length_and_width_of_a_head(monkeypatch, width, length, fused):
+    seen, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *args, **more: (seen.append(1), kernel(*args, **more))[1]  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = (rnd(i, 1, 2, width, length) for i in range(3))
+    torch.testing.assert_close(unet.attend(q, k, v).double(), written_out_attention(q, k, v), rtol=1e-4, atol=1e-5)
+    assert bool(seen) == fused
 
 
 def written_out_attention(q, k, v):
@@ -658,7 +711,7 @@ def test_long_attention_can_be_differentiated_twice_in_the_math_kernel(monkeypat
 # ---- activation checkpointing
 
 
-def training_gradients(monkeypatch, use_checkpoint, frozen=False):
+def training_gradients(monkeypatch, use_checkpoint, frozen=False, levels=0):
     """Loss gradients with dropout, and how often the bodies of the blocks ran."""
     calls = {unet.ResBlock: 0, unet.AttentionBlock: 0}
     with monkeypatch.context() as patch:
@@ -669,7 +722,7 @@ def training_gradients(monkeypatch, use_checkpoint, frozen=False):
                 return body(self, *args)
 
             patch.setattr(cls, "_forward", counted)
-        model = tiny(dropout=0.5, use_checkpoint=use_checkpoint, num_classes=10).train()
+        model = tiny(dropout=0.5, use_checkpoint=use_checkpoint, checkpoint_levels=levels, num_classes=10).train()
         model.time_embed.requires_grad_(not frozen)
         model.middle_block.requires_grad_(not frozen)
         torch.manual_seed(11)
@@ -690,6 +743,36 @@ def test_use_checkpoint_recomputes_and_changes_no_gradient(monkeypatch, frozen):
             assert again[name] is None
         else:
             torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_finest_levels_alone_are_recomputed(monkeypatch):
+    """Of TINY's two levels: one block and no attention on the way down at the first, two on the way up."""
+    plain, calls = training_gradients(monkeypatch, False)
+    some, calls_some = training_gradients(monkeypatch, False, levels=1)
+    _, calls_all = training_gradients(monkeypatch, False, levels=2)
+    assert calls_some == calls | {unet.ResBlock: calls[unet.ResBlock] + 3}
+    assert calls_all == {cls: 2 * n for cls, n in calls.items()}
+    for name, gradient in plain.items():
+        torch.testing.assert_close(some[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_levels_that_are_recomputed_keep_less():
+    """Each level has a quarter of the positions of the one before, and keeps less."""
+
+    def kept(levels):
+        model = tiny(channel_mult=(1, 1, 1), checkpoint_levels=levels, attention_resolutions=())
+        x, t = rnd(1, 2, 3, 16, 16), torch.tensor([3, 700])
+        return activation_bytes(lambda: model(x, t).sum(), but=list(model.parameters()))
+
+    sizes = [kept(levels) for levels in (0, 1, 2, 3)]
+    saved = [-step for step in np.diff(sizes)]
+    assert saved[0] > 3 * saved[1] > 0 and saved[2] > 0
+
+
+@pytest.mark.parametrize("levels", [-1, 3])
+def test_levels_that_are_not_there(levels):
+    with pytest.raises(ValueError, match=f"--checkpoint_levels must be from 0 to 2, .* not {levels}"):
+        tiny(checkpoint_levels=levels)
 
 
 def test_use_checkpoint_keeps_less():

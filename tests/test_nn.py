@@ -42,6 +42,9 @@ def test_an_average_stands_still_where_it_is_told_to():
         nn.update_ema([plain], [source], rate)
         assert torch.equal(still, start)
         torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-9)
+    pair = [torch.zeros(2), torch.zeros(2, dtype=torch.float64)]
+    nn.update_ema(pair, [torch.ones(2), torch.ones(2)], 0.75, where=torch.tensor(True))
+    assert [average.tolist() for average in pair] == [[0.25, 0.25]] * 2
 
 
 def test_networks_import_only_torch():

@@ -44,14 +44,14 @@ SIGNATURES = {
     " use_checkpoint=False, attention_resolutions='16', num_heads=1, num_head_channels=-1, num_heads_upsample=-1,"
     " use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,"
     " image_channels=3, num_classes=1000, class_dropout=0.0, network='adm', vector_channels=0,"
-    " conv_resample=True)",
+    " conv_resample=True, checkpoint_levels=0)",
     "create_classifier": f"({CLASSIFIER}, classifier_channel_mult='', classifier_num_head_channels=64,"
     " classifier_dropout=0.0, image_channels=3, num_classes=1000)",
     "create_gaussian_diffusion": "(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule='linear',"
     " use_kl=False, predict_xstart=False, rescale_timesteps=False, rescale_learned_sigmas=False,"
     " timestep_respacing='', predict='', loss_weight='unit', sigma_data=0.5)",
     "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000, class_dropout=0.0,"
-    f" network='adm', vector_channels=0, conv_resample=True,{MORE_PROCESS})",
+    f" network='adm', vector_channels=0, conv_resample=True, checkpoint_levels=0,{MORE_PROCESS})",
     "create_classifier_and_diffusion": f"({CLASSIFIER}, {PROCESS}, image_channels=3, num_classes=1000,"
     f" classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0,{MORE_PROCESS})",
     "sr_create_model_and_diffusion": "("
@@ -59,7 +59,7 @@ SIGNATURES = {
     .replace(" channel_mult,", "")
     .replace(", use_new_attention_order", "")
     + ", image_channels=3, num_classes=1000, channel_mult='', class_dropout=0.0, use_new_attention_order=False,"
-    + " conv_resample=True,"
+    + " conv_resample=True, checkpoint_levels=0,"
     + f"{MORE_PROCESS})",
 }
 
@@ -124,7 +124,7 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, True, "", "unit", 0.5, False, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, True, 0, "", "unit", 0.5, False, 5)
 
 
 # --------------------------------------------------------------------------------------------------- networks, process

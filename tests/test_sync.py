@@ -138,3 +138,13 @@ def test_the_gpu_checks_run_on_a_cpu(tmp_path, capsys):
     result["walks"]["ddpm"] = checks.checked("no_step_waits", th.device("cpu"), lambda: th.zeros(1, device=META).item())
     found = "\n".join(checks.problems(result))
     assert "fp16: the loss ended at" in found and "ddpm: a step waited for the device (failed: Tensor.item" in found
+
+
+def test_a_gpu_fetches_from_pinned_memory(monkeypatch):
+    """From any other the host waits until the GPU has come so far, though it asks for a copy that does not wait."""
+    pinned = []
+    monkeypatch.setattr(th.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
+    monkeypatch.setattr(th.Tensor, "to", lambda self, device, **how: (device.type, len(pinned), how))
+    assert sampling.sent(th.zeros(2), "cuda:0") == ("cuda", 1, {"non_blocking": True})
+    assert sampling.sent(th.zeros(3), "cpu") == ("cpu", 1, {"non_blocking": True})
+    assert pinned == [2]

@@ -272,6 +272,18 @@ def test_the_batch_and_other_prompts_change_no_picture(home, drawn, tmp_path):
     assert np.abs(single[2] - single[0]).max() > 1
 
 
+def test_features_are_reused_and_the_batch_is_found(home, drawn, tmp_path, monkeypatch):
+    """Of rows 2, 1 and 0 the network is whole at all but the second; a batch of 0 is as many as are wanted."""
+    runs, decode = [], models.Decoder._encode
+    spy = lambda self, *args: (runs.append((len(args[0]), *args[3:])), decode(self, *args))[1]  # noqa: E731
+    monkeypatch.setattr(models.Decoder, "_encode", spy)
+    more = f"{PROMPTS} --guidance_scale 2 --prior_scale 2"
+    reused = draw(home, tmp_path / "a", f"{more} --reuse_every 2")["arr_0"]
+    assert runs == [(8,), (8, 1), (8,)] and not np.array_equal(reused, drawn[1]["arr_0"])
+    found = draw(home, tmp_path / "b", f"{more} --batch_size 0")["arr_0"]
+    assert np.abs(found.astype(int) - drawn[1]["arr_0"]).max() <= 1 and runs[-3:] == [(8,)] * 3
+
+
 def test_a_run_that_was_broken_off_ends_with_the_same_bytes(home, tmp_path, monkeypatch):
     more = f"{PROMPTS} --batch_size 1"
     draw(home, tmp_path / "whole", more)

@@ -53,10 +53,11 @@ class Decoder(UNetModel):
         mask = caption != 0                                                       # [N,L]
         return {"tokens": self.text(caption, mask), "token_mask": mask}
 
-    def forward(self, x, timesteps, vector=None, caption=None, tokens=None, token_mask=None):
+    def forward(self, x, timesteps, vector=None, caption=None, tokens=None, token_mask=None, deep=None):
         """
         vector: CLIP embeddings of the pictures, as `prior.as_data` scales them, [N,D], zeros for none; caption: tokens
-        of the tokenizer [N,L], padding for none; in its place tokens and token_mask, what `encode` makes of it.
+        of the tokenizer [N,L], padding for none; in its place tokens and token_mask, what `encode` makes of it;
+        deep: as UNetModel takes it.
 
         Raises UsageError if the embedding is missing, ValueError as UNetModel.
         """
@@ -74,7 +75,7 @@ class Decoder(UNetModel):
         tokens = mask = None
         if parts:
             tokens, mask = (torch.cat(each, dim=1) for each in zip(*parts))       # [N,L+4,text_width], [N,L+4]
-        return super().forward(x, timesteps, vector=vector, tokens=tokens, token_mask=mask)
+        return super().forward(x, timesteps, vector=vector, tokens=tokens, token_mask=mask, deep=deep)
 
 
 def check_rate(name, rate):

@@ -161,12 +161,12 @@ def larger_of(args, flags, device):
             raise ValueError(
                 f"{args.super_res_path} enlarges images of {name} {its[name]}, and the decoder draws {flags[ours]}"
             )
-    return model, diffusion, its
+    return program.hastened(args, model), diffusion, its
 
 
 def enlarge(args, folder, larger, through, prompts, ways):
     """What the network of `larger_of` makes of the samples that the decoder drew, in the folder `enlarged`."""
-    model, diffusion, flags = larger
+    model, diffusion, flags = program.hastened(args, larger[0]), *larger[1:]
     drawn = next(name for name in os.listdir(folder) if name.startswith(f"samples_{args.num_samples}x")
                  and name.endswith(".npz"))  # fmt: skip
     base = super_res.read_base_samples(
