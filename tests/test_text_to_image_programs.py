@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from test_programs import BIN, done, names, refused, rows, same, stranger
 from guided_diffusion import checkpoint, config, presets, sample_store
 from guided_diffusion.config import ClipSizes, DecoderOptions, DecoderProcessOptions
 from guided_diffusion.sample_store import SampleStore
-from guided_diffusion.text_to_image import models
+from guided_diffusion.text_to_image import models, prompting
+from guided_diffusion.text_to_image.clip import classify
+from guided_diffusion.text_to_image.decoder import Decoder
+from guided_diffusion.text_to_image.prior import Prior
 
 TRAIN = "--batch_size 8 --lr 1e-2 --log_interval 1 --random_flip False --num_workers 0"
 SIZE = "--image_size 8 --image_channels 1"
@@ -95,7 +99,12 @@ def test_training_leaves_what_other_programs_leave(home):
     assert all(0 <= float(row["acc@1"]) <= 1 for row in rows(home / "clip"))
     shares = [row["zero_shot"] for row in rows(home / "clip") if row["zero_shot"]]
     assert len(shares) == 2 and all(float(share) * 10 == pytest.approx(round(float(share) * 10)) for share in shares)
-    assert "two of 3" not in (home / "clip" / "log.txt").read_text()
+    with np.load(home / "val.npz") as held_out:
+        x = th.from_numpy(held_out["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+        texts = [held_out["texts"][k].tolist() for k in (0, 1)]
+        found = classify(models.open_clip(home / "clip" / "ema_0.5_000004.pt"), x, texts)
+        told = found == th.from_numpy(held_out["arr_1"])
+    assert float(shares[1]) == pytest.approx(told.float().mean().item())
     assert re.search("1 of 4 texts are too long and are cut; the first to 'dark, as dark as it ca'",
                      (home / "prior" / "log.txt").read_text())  # fmt: skip
 
@@ -145,13 +154,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, here, tmp_path):
         assert same(checkpoint.load(tmp_path / f"{name}000004.pt"), checkpoint.load(here / kind / f"{name}000004.pt"))
 
 
+@pytest.mark.parametrize("kind, network", [("prior", Prior), ("decoder", Decoder)])
+def test_m3_08_training_drops_conditions_and_validation_does_not(kind, network, here, tmp_path, monkeypatch):
+    seen, real = {True: [], False: []}, network.forward
+
+    def recorded(self, x, t, **cond):
+        seen[self.training].append((cond["vector"] == 0).all(1))
+        return real(self, x, t, **cond)
+
+    monkeypatch.setattr(network, "forward", recorded)
+    rate = "--caption_dropout 0.9" if kind == "prior" else "--embedding_dropout 0.9"
+    train(kind, tmp_path, f"--iterations 2 {rate}")
+    assert 0.5 < th.cat(seen[True]).float().mean() < 1
+    assert sum(not each.any() for each in seen[False]) == 1  # the others measure the training batch for the log
+
+
 def test_pictures_on_the_way(here, tmp_path):
     train("decoder", tmp_path, "--iterations 1 --sample_interval 1 --sample_steps 2")
     (picture,) = tmp_path.glob("samples*.png")
     assert Image.open(picture).size[0] >= 8
 
 
-@pytest.mark.slow
 def test_two_processes_contrast_all_their_pairs(here, tmp_path):
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     launcher[0] = "torchrun"
@@ -326,6 +349,15 @@ def test_larger_pictures(home, tmp_path):
     draw(home, tmp_path / "b", f"{more} --interpolate 2")
     with np.load(tmp_path / "b" / "enlarged" / "samples_4x16x16x1.npz") as large:
         assert large.files == ["arr_0"]  # a picture between two prompts is of neither
+
+
+def test_guidance_takes_away_what_was_dropped_in_training(here, sure):
+    null = {"vector": 0.0, "tokens": 0.0, "token_mask": False}
+    train("decoder", "spoken", "--iterations 1 --caption_dropout 0")
+    for folder, scale, left in (("decoder/model000004", 2, null), ("spoken/model000001", 2, {"vector": 0.0}),
+                                ("sure/model000001", 1, {})):  # fmt: skip
+        args = SimpleNamespace(model_path=f"{folder}.pt", guidance_scale=scale)
+        assert prompting.null_of(args, null) == left
 
 
 def test_scores_as_they_come(home, tmp_path, monkeypatch):
