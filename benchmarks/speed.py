@@ -48,12 +48,11 @@ def guides(args):
             for name in args.networks or pairs.PUBLISHED]  # fmt: skip
 
 
-def versions(args, net, training=False):
+def versions(args, net):
     """The network as ours and, in the precision of this device, its plain form."""
     other = plain.plain_of(net)
-    if args.precision == "fp32":
-        return net, other
-    return pairs.quick(net, args.precision, args.compile, args.device), other.to_half()
+    other = other if args.precision == "fp32" else other.to_half()
+    return pairs.quick(net, args.precision, args.compile, args.device), other
 
 
 # ------------------------------------------------------------------------------------------------------- sections
@@ -116,11 +115,8 @@ def training(args):
 
 
 def trained(args, net):
-    """What Trainer is told besides, on this device."""
-    if args.device == "cuda":
-        net.to(memory_format=th.channels_last)
-    if args.compile:
-        net.forward = th.compile(net.forward)
+    """What Trainer is told besides, on this device; the network is made ready for it."""
+    pairs.laid_out(net, args.compile, args.device)
     return {"precision": args.precision}
 
 
@@ -175,8 +171,8 @@ def guided(args):
             literal = plain.plain_of(net), plain.plain_of(classifier)
             if args.precision != "fp32":
                 literal = literal[0].to_half(), literal[1].to_half()
-                pairs.quick(net, args.precision, args.compile and sampler == "ddpm", args.device)
-                pairs.quick(classifier, args.precision, args.compile and sampler == "ddpm", args.device)
+            for each in (net, classifier):
+                pairs.quick(each, args.precision, args.compile and sampler == "ddpm", args.device)
             walks = pairs.Walks(net, process, classifier, args.steps, 3.0, sampler, literal=literal)
             row = timing.compared(timing.interleaved(walks.works(count, shape), args.repeats, args.device), args.clock)
             row |= {"what": f"{name}, {args.steps} steps of {sampler}, {count} images"}
@@ -275,9 +271,8 @@ def others(args):
         net, process = pairs.diffusion_of(flags, args.device)
         net.eval()
         other, batch = diffusers_side.network_of(net, flags), pairs.batch_of(flags, count, args.device)
-        if args.precision != "fp32":
-            other = diffusers_side.quick(other, args.precision, args.compile)
-            pairs.quick(net, args.precision, args.compile, args.device)
+        other = diffusers_side.quick(other, args.precision, args.compile, args.device)
+        pairs.quick(net, args.precision, args.compile, args.device)
         works = diffusers_side.evaluations(net, other, batch)
         row = timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
         row["error"] = timing.difference(works["diffusers"](), works["ours"]())
@@ -310,8 +305,7 @@ def profiles(args):
     for name, flags, count in cases(args):
         net, process = pairs.diffusion_of(flags, args.device)
         batch = pairs.batch_of(flags, count, args.device)
-        if args.precision != "fp32":
-            pairs.quick(net, args.precision, args.compile, args.device)
+        pairs.quick(net, args.precision, args.compile, args.device)
         rows.append(profiled(args, f"evaluation of {name}", pairs.evaluations(net.eval(), None, batch)["ours"]))
         net, process = pairs.diffusion_of(flags, args.device)
         step = pairs.our_training(net, process, batch[0], batch[2], **trained(args, net))

@@ -18,6 +18,7 @@ import pairs  # noqa: E402
 import plain  # noqa: E402
 import plain_steps  # noqa: E402
 import quality  # noqa: E402
+import records  # noqa: E402
 import speed  # noqa: E402
 import timing  # noqa: E402
 
@@ -214,3 +215,10 @@ def test_the_answer_is_the_fastest_that_is_not_worse():
     rows = [row(1, 0), row(9, -0.01), row(12, -0.001), row(20, 0.004), row(30, -0.2, error=0.1)]
     assert quality.best(rows, 0.02) is rows[2]
     assert quality.best(rows[:1], 0.02) is None
+
+
+def test_the_page_on_speed_has_the_recorded_numbers():
+    content = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
+    page = (ROOT / "docs" / "speed.md").read_text().splitlines()
+    for section, lines in records.lines(content).items():
+        assert lines and set(lines) <= set(page), f"{section}: write what `python benchmarks/records.py` prints"
