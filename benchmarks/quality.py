@@ -98,6 +98,8 @@ def shortcuts(args):
         works[f"classifier every {k} steps, {k} times the scale"] = work("exact", every=k)
     for k in (2, 3):
         works[f"deep features every {k} steps"] = work("exact", reuse=k)
+    works["bf16, classifier every 2 steps"] = work("half", every=2)
+    works["bf16, classifier and deep features every 2 steps"] = work("half", every=2, reuse=2)
     named = {f"{name}, {args.steps} steps of ddpm, scale {args.scale:g}": each for name, each in works.items()}
     return compared(args.demo, named, args.seeds, walks["exact"].labels(args.images).numpy())
 

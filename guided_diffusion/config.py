@@ -239,6 +239,7 @@ class DecoderOptions(CaptionOptions, _Trunk, _Channels, _ImageSize):
     """decoder"""
 
     conv_resample: bool = changed(ModelOptions, "conv_resample", True)
+    checkpoint_levels: int = changed(ModelOptions, "checkpoint_levels", 0)
     image_tokens: int = option(4, "tokens that the embedding of the picture makes for every attention")
     text_width: int = changed(
         ClipOptions, "text_width", 128, "width of the tokens, and of the decoder's own text encoder"

@@ -16,7 +16,7 @@ def main():
     args = config.parse(__doc__, *OPTIONS)
     training.check_preset(args)
     training.check_fp32(args)
-    training.check_whole_batch(args)
+    training.check_whole(args)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "clip", ClipOptions)
     clip = models.create_clip(flags).to(device)

@@ -18,13 +18,15 @@ class DemoTextOptions:
 
     out: str = option("runs/demo_text", "folder for data, runs, samples, pictures and the report")
     clip_iterations: int = option(2000, "updates of CLIP")
-    prior_iterations: int = option(2000, "updates of the prior")
-    decoder_iterations: int = option(2000, "updates of the decoder")
+    prior_iterations: int = option(1500, "updates of the prior")
+    decoder_iterations: int = option(1500, "updates of the decoder")
     judge_iterations: int = option(1000, "updates of the judge, a classifier of clean digits")
     num_samples: int = option(400, "digits drawn for each row of the table")
-    steps: int = option(50, "steps of the decoder")
-    scales: str = option("1,2,4", "guidance scales of the decoder")
-    prior_scales: str = option("1,2,4", "guidance scales of the prior")
+    steps: int = option(15, "steps of the decoder, by DPM-Solver++(2M)")
+    prior_steps: int = option(32, "steps of the prior")
+    scales: str = option("0,0.5,1,2,4", "guidance scales of the decoder; 0: told nothing, 1: unguided")
+    prior_scales: str = option("0,1,4", "guidance scales of the prior")
+    usual: str = option("2", "guidance scale of the decoder where others are compared")
     seed: int = option(0, "seed of everything random")
 
 
@@ -58,14 +60,14 @@ WORDS = "zero one two three four five six seven eight nine".split()
 IMAGES = "--image_size 8 --image_channels 1".split()
 TRAINING = "--random_flip False --num_workers 0 --log_interval 100 --grad_clip 1 --lr 1e-3 --lr_schedule cosine".split()
 CLIP = (
-    "--clip_size 64 --patch_size 2 --image_width 64 --image_layers 2 --image_heads 4 --text_width 64 --text_layers 2"
-    " --text_heads 4 --context_length 32 --dropout 0.1 --crop_padding 1 --batch_size 128 --lr_warmup 50"
-    " --weight_decay 0.01 --ema_rate 0.99"
+    "--clip_size 64 --patch_size 2 --image_width 128 --image_layers 3 --image_heads 4 --text_width 64 --text_layers 2"
+    " --text_heads 4 --context_length 32 --dropout 0.1 --crop_padding 1 --random_crop True --batch_size 128"
+    " --lr_warmup 50 --weight_decay 0.05 --ema_rate 0.99"
 ).split()
 PRIOR = "--prior_width 64 --prior_layers 2 --prior_heads 4 --batch_size 128 --lr_warmup 50 --ema_rate 0.995".split()
 DECODER = (
-    "--num_channels 32 --num_res_blocks 2 --attention_resolutions 8,4 --num_head_channels 32 --text_width 64"
-    " --text_layers 2 --text_heads 4 --context_length 32 --batch_size 64 --ema_rate 0.995"
+    "--num_channels 32 --num_res_blocks 2 --attention_resolutions 4 --num_head_channels 32 --text_width 64"
+    " --text_layers 1 --text_heads 4 --context_length 32 --batch_size 64 --ema_rate 0.995"
 ).split()
 JUDGE = (
     "--num_classes 10 --classifier_width 32 --classifier_depth 1 --classifier_attention_resolutions 4"
@@ -116,15 +118,12 @@ def prompts_of(templates):
 
 def draw(demo, args):
     """One run of text_to_image_sample.py a row of the table: [a dict of what it is, with the path of its npz]."""
-    scales, prior_scales = args.scales.split(","), args.prior_scales.split(",")
-    usual = scales[min(1, len(scales) - 1)]
-    rows = [row("trained", "prior", "1", scale) for scale in scales]
-    rows += [row("trained", "prior", scale, usual) for scale in prior_scales if scale != "1"]
-    rows += [row("trained", "none", "1", usual)]
-    rows += [row("held out", "prior", "1", scale) for scale in scales]
-    rows += [row("held out", "none", "1", usual)]
-    rows += [row(texts, prior, "1", scale, False) for texts in ("trained", "held out") for prior in ("prior", "none")
-             for scale in dict.fromkeys((scales[0], usual))]  # fmt: skip
+    usual, above = args.usual, [scale for scale in args.scales.split(",") if float(scale) >= 1]
+    rows = [row("trained", scale) for scale in args.scales.split(",")]
+    rows += [row("held out", scale) for scale in above]
+    rows += [row(texts, usual, prior=None) for texts in ("trained", "held out")]
+    rows += [row("held out", usual, scale, captions=False) for scale in args.prior_scales.split(",")]
+    rows += [row("held out", usual, None, captions=False)]
     for number, each in enumerate(rows):
         file = demo.out / f"prompts_{each['texts'].replace(' ', '_')}.txt"
         file.write_text("\n".join(prompts_of(TEMPLATES if each["texts"] == "trained" else HELD_OUT)) + "\n")
@@ -135,16 +134,17 @@ def draw(demo, args):
     return rows
 
 
-def row(texts, prior, prior_scale, scale, captions=True):
-    """What a row of the table is of: phrasings, the decoder's embedding, both scales, and whether it sees the text."""
-    return {"texts": texts, "prior": prior, "prior_scale": float(prior_scale), "scale": float(scale),
-            "captions": captions}  # fmt: skip
+def row(texts, scale, prior="1", captions=True):
+    """What a row of the table is of: phrasings, the scales of decoder and prior, and whether the decoder sees texts."""
+    return {"texts": texts, "scale": float(scale), "prior": prior and float(prior), "captions": captions}
 
 
 def prior_words(demo, args, each):
-    if each["prior"] == "none":
+    """The flags of the prior, if a row has one."""
+    if each["prior"] is None:
         return []
-    return ["--prior_path", path_of(demo, args, "prior"), "--prior_scale", each["prior_scale"]]
+    return ["--prior_path", path_of(demo, args, "prior"), "--prior_scale", each["prior"], "--prior_steps",
+            args.prior_steps]  # fmt: skip
 
 
 def sample(demo, args, name, *words, count=None):
@@ -153,7 +153,7 @@ def sample(demo, args, name, *words, count=None):
     demo.run(
         "scripts/text_to_image_sample.py", "--model_path", path_of(demo, args, "decoder"), *words,
         *(["--num_samples", count or args.num_samples] if count != 0 else []), "--batch_size", 200,
-        "--timestep_respacing", args.steps, "--seed", demo.seed, "--log_dir", folder,
+        "--sampler", "dpmpp_2m", "--steps", args.steps, "--seed", demo.seed, "--log_dir", folder,
     )  # fmt: skip
     return next(folder.glob("samples_*.npz"))
 
@@ -228,8 +228,7 @@ def name_of(each):
     """A row of the table in words."""
     if "scale" not in each:
         return each["texts"]
-    told = "prior" if each["prior"] == "prior" else "no prior"
-    told += f" {each['prior_scale']:g}" if each["prior"] == "prior" else ""
+    told = "no prior" if each["prior"] is None else f"prior {each['prior']:g}"
     return f"{each['texts']}, {told}, decoder {each['scale']:g}{'' if each['captions'] else ', without the text'}"
 
 
@@ -237,7 +236,7 @@ def draw_pictures(demo, args):
     """Prompts x samples, the reverse process, variations and interpolations, all under pictures/."""
     folder = demo.out / "pictures"
     folder.mkdir(exist_ok=True)
-    prior = ["--prior_path", path_of(demo, args, "prior"), "--guidance_scale", 2]
+    prior = [*prior_words(demo, args, row("held out", args.usual)), "--guidance_scale", args.usual]
     shown = [t.replace("{class}", str(y)).replace("{word}", WORDS[y]) for y, t in enumerate((HELD_OUT * 3)[:10])]
     grid = sample(demo, args, "grid", "--prompts", *shown, *prior, "--frames", 10, count=80)
     grid.with_suffix(".png").rename(folder / "prompts.png")
@@ -325,26 +324,29 @@ def cells(each):
     """A row of the table as texts."""
     agreement = shares(each["label_agreement"], each["agreement_interval"])
     scores = [tables.score(each, name) for name in ("spread", "recall", "fid")]
-    prior = f"{each['prior_scale']:g}" if each["prior"] == "prior" else ""
-    of = "a picture, by the prior" if each["prior"] == "prior" else "the text itself"
+    prior = "" if each["prior"] is None else f"{each['prior']:g}"
+    of = "the text itself" if each["prior"] is None else "a picture, by the prior"
     return each["texts"], of, prior, f"{each['scale']:g}", "yes" if each["captions"] else "no", agreement, *scores
+
+
+def what(each):
+    """What a row is of."""
+    return [each[name] for name in ("texts", "scale", "prior", "captions")]
 
 
 def verdicts(rows, count):
     """Whether the prior beats the embedding of the text itself, row against row."""
     lines = []
-    for each in rows:
-        key = (each["texts"], each["scale"], each["captions"])
-        other = [r for r in rows if r["prior"] == "none" and (r["texts"], r["scale"], r["captions"]) == key]
-        if each["prior"] == "none" or each["prior_scale"] != 1 or not other:
+    for b in (each for each in rows if each["prior"] is None):
+        a = next((each for each in rows if what(each) == what(b | {"prior": 1.0})), None)
+        if a is None:
             continue
-        a, b = each, other[0]
         gap = a["label_agreement"] - b["label_agreement"]
         error = sum(r["label_agreement"] * (1 - r["label_agreement"]) / count for r in (a, b)) ** 0.5
         word = "more" if gap > 1.96 * error else "fewer" if gap < -1.96 * error else "as many, within the error,"
-        sees = "sees the text" if each["captions"] else "does not see the text"
+        sees = "sees the text" if b["captions"] else "does not see the text"
         lines.append(
-            f"- {each['texts']} phrasings, decoder scale {each['scale']:g}, which {sees}: with the prior {word} digits"
+            f"- {b['texts']} phrasings, decoder scale {b['scale']:g}, which {sees}: with the prior {word} digits"
             f" as asked ({gap:+.1%} ± {1.96 * error:.1%}), Frechet distance {a['fid']:.3g} against {b['fid']:.3g},"
             f" spread {a['spread']:.2f} against {b['spread']:.2f}."
         )
@@ -353,10 +355,10 @@ def verdicts(rows, count):
 
 def check(args):
     """Raise ValueError for options that would fail only after minutes of work."""
-    for name in ("scales", "prior_scales"):
+    for name in ("scales", "prior_scales", "usual"):
         study.numbers(name, getattr(args, name))
     least = dict.fromkeys(("clip_iterations", "prior_iterations", "decoder_iterations", "judge_iterations"), 1)
-    study.check_least(args, **least, num_samples=20, steps=2)
+    study.check_least(args, **least, num_samples=20, steps=2, prior_steps=2)
 
 
 def main():

@@ -1,7 +1,6 @@
 """The three networks of the cascade from their options, and from a checkpoint's path."""
 
 import hashlib
-import inspect
 
 import torch as th
 
@@ -22,7 +21,7 @@ def create_clip(flags):
         flags["image_channels"],
         size=flags["clip_size"],
         length=flags["context_length"],
-        **_of(CLIP, flags, "patch_size image_width image_layers image_heads text_width text_layers text_heads dropout"
+        **_of(flags, "patch_size image_width image_layers image_heads text_width text_layers text_heads dropout"
               " image_mean image_std"),
     )  # fmt: skip
 
@@ -52,14 +51,13 @@ def create_decoder(flags):
         config.attention_downsampling(flags["attention_resolutions"], size),
         channel_mult=config.levels(flags["channel_mult"], size),
         length=flags["context_length"],
-        **_of(Decoder, flags, "clip_size image_tokens text_width text_layers text_heads text_dropout"),
-        **{name: flags[name] for name in "dropout conv_resample use_checkpoint use_fp16 num_heads num_head_channels"
-           " num_heads_upsample use_scale_shift_norm resblock_updown use_new_attention_order".split()},
+        **_of(flags, "clip_size image_tokens text_width text_layers text_heads text_dropout"),
+        **_of(flags, "dropout conv_resample use_checkpoint checkpoint_levels use_fp16 num_heads num_head_channels"
+              " num_heads_upsample use_scale_shift_norm resblock_updown use_new_attention_order"),
     )  # fmt: skip
 
 
-def _of(network, flags, names):
-    assert set(names.split()) <= inspect.signature(network).parameters.keys()
+def _of(flags, names):
     return {name: flags[name] for name in names.split()}
 
 

@@ -19,6 +19,8 @@ def prompts_of(args):
     :raises ValueError: if there are none, or pictures as well, or other options contradict.
     :raises FileNotFoundError: if the file is missing.
     """
+    if args.preset:
+        raise ValueError(f"--preset {args.preset}: the checkpoints tell what they are: drop it")
     prompts = list(args.prompts) + (_read_prompts(args.prompts_file) if args.prompts_file else [])
     if bool(prompts) == bool(args.images):
         raise ValueError(
@@ -27,6 +29,9 @@ def prompts_of(args):
         )
     if args.images and args.prior_path:
         raise ValueError("--images are drawn again from their own embeddings: drop --prior_path, which is for prompts")
+    idle = {"prior_steps", "prior_candidates", "prior_scale"} & args.explicit
+    if idle and not args.prior_path:
+        raise ValueError(f"--{min(idle)} has no effect without --prior_path: give one")
     if args.interpolate and len(prompts or [0, 0]) < 2:
         raise ValueError("--interpolate goes from one prompt to the next: give two or more")
     if args.super_res_path and ("npz" not in args.save_as.split(",") or not args.save_samples):
@@ -76,8 +81,6 @@ def embeddings_of(args, clip, prompts, flags, device):
     warn_of_cuts(prompts, clip.cut)
     how = {"candidates": args.prior_candidates, "scale": args.prior_scale, "seed": args.seed}
     if not args.prior_path:
-        if args.prior_scale != 1:
-            raise ValueError(f"--prior_scale {args.prior_scale} has no effect without --prior_path: give one")
         return pipeline.TextEmbeddings(clip, prompts, **how)
     if args.prior_scale != 1 and not models.dropped(args.prior_path).get("caption"):
         raise ValueError(

@@ -42,8 +42,10 @@ def check_fp32(args):
         raise ValueError(f"--precision {args.precision}: this network, a small transformer, trains in fp32: drop it")
 
 
-def check_whole_batch(args):
-    """Raise ValueError for microbatches: CLIP contrasts each pair with all others of its batch."""
+def check_whole(args):
+    """Raise ValueError for parts of a batch, which CLIP contrasts as a whole, and for parts of the network."""
+    if args.sharding != "none":
+        raise ValueError(f"--sharding {args.sharding}: CLIP is trained in one piece: drop it")
     if 0 < args.microbatch < args.batch_size:
         raise ValueError(
             f"--microbatch {args.microbatch}: CLIP contrasts each pair with all others of a batch, which must be in"
