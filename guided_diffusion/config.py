@@ -366,8 +366,8 @@ class _Training:
     )
     compile: bool = option(
         False,
-        "run the networks' blocks through torch.compile, after minutes of compiling, each other batch size anew: the same"
-        " numbers but for rounding; meant for GPUs, a CPU gains next to nothing",
+        "run the networks' blocks through torch.compile, after minutes of compiling, each other batch size anew: the"
+        " same numbers but for rounding; meant for GPUs, a CPU gains next to nothing",
     )
     max_bad_steps: int = option(100, "stop after this many updates in a row whose loss or gradient is not finite")
     num_workers: int = option(1, "processes that load images; 0: the training process itself")
