@@ -103,7 +103,11 @@ def add_extractor_options(parser):
     parser.add_argument("--allow_other_weights", action="store_true", help="take --weights of another content than the "
                         "published")  # fmt: skip
     parser.add_argument("--resize", default="tf1", choices=inception.RESIZES, help="rule by which Inception resizes")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="numbers inside Inception")
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES,
+        help="numbers inside Inception, or inside a classifier; in bfloat16 and float16 its convolutions alone, for "
+        "GPUs: faster, and not quite the same scores",
+    )  # fmt: skip
     parser.add_argument("--image_size", type=door.parse_size, help="cut squares of this side, or HEIGHTxWIDTH, out of "
                         "pictures in folders, zips and tars")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=64, help="images given to the network at once; no score "
@@ -396,6 +400,9 @@ def _notes(described, extractor):
     """What the kinds of files give to say."""
     if extractor.name != InceptionExtractor.name:
         yield f"features: {extractor.dim} of {extractor.name}; compare only with scores by this network"
+    dtype = identity_of(extractor).get("dtype", OPTIONS["dtype"])
+    if dtype != OPTIONS["dtype"]:
+        yield f"features: computed in {dtype}; compare only with scores of --dtype {dtype}"
     lossy = {whose: each.lossy for whose, each in described.items()}
     if True in lossy.values() and len(set(lossy.values())) > 1:
         touched, other = sorted(lossy, key=lambda whose: not lossy[whose])
