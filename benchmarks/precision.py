@@ -1,6 +1,6 @@
 """How far features in 16 bits are from those in float32, and the Frechet distances that are made of them.
 
-    python benchmarks/precision.py [--weights FILE] [--images 48] [--device cuda] [--dtypes bfloat16,float16]
+    python benchmarks/precision.py [--weights FILE] [--images 16] [--device cuda] [--dtypes bfloat16,float16]
 
 Without --weights the network is Inception with random ones of the usual spread, which keep the size of activations as
 trained ones do. Two sets of made-up pictures, one of them bluer and smoother. Writes results/precision.json.
@@ -34,7 +34,7 @@ def random_weights(path):
 
 
 def pictures(seed, count, coarse, blue):
-    """uint8 [count,64,64,3]: noise of `coarse` squared values a channel, stretched smoothly; `blue` more of the last."""
+    """uint8 [count,64,64,3]: noise of `coarse` squared values a channel, stretched; `blue` is added to the last."""
     noise = th.rand(count, 3, coarse, coarse, generator=th.Generator().manual_seed(seed))
     x = F.interpolate(noise, size=(64, 64), mode="bicubic", align_corners=False)            # [N,3,64,64]
     x[:, 2] += blue
@@ -51,7 +51,7 @@ def row(dtype, weights, sets, device, full=None):
     extractor = features.InceptionExtractor(weights, device, dtype=dtype, allow_other_weights=True)
     extractor(sets[0][:1])  # the first call prepares kernels
     said = []
-    wall, _ = timing.once(lambda: said.extend(features.extract(extractor, each, 64, dtype) for each in sets), device)
+    wall, _ = timing.once(lambda: said.extend(features.extract(extractor, each) for each in sets), device)
     distance = metrics.frechet_distance_from_features(*(each.pool for each in said))
     told = {"dtype": dtype, "frechet": distance, "ms_per_image": 1000 * wall / sum(map(len, sets))}
     if full:
@@ -65,7 +65,7 @@ def row(dtype, weights, sets, device, full=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", help="file of the Inception weights (None: random ones)")
-    parser.add_argument("--images", type=int, default=48, help="pictures in either set")
+    parser.add_argument("--images", type=int, default=16, help="pictures in either set")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtypes", default="bfloat16,float16", help="types to compare with float32")
     parser.add_argument("--out", default=str(OUT), help="json file for the results")

@@ -105,8 +105,8 @@ def add_extractor_options(parser):
     parser.add_argument("--resize", default="tf1", choices=inception.RESIZES, help="rule by which Inception resizes")
     parser.add_argument(
         "--dtype", default="float32", choices=DTYPES,
-        help="numbers inside Inception, or inside a classifier; in bfloat16 and float16 its convolutions alone, for "
-        "GPUs: faster, and not quite the same scores",
+        help="numbers inside Inception, or inside a classifier; in bfloat16 and float16 its convolutions alone: "
+        "faster where the device has such arithmetic, and not quite the same scores",
     )  # fmt: skip
     parser.add_argument("--image_size", type=door.parse_size, help="cut squares of this side, or HEIGHTxWIDTH, out of "
                         "pictures in folders, zips and tars")  # fmt: skip

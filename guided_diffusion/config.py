@@ -369,6 +369,11 @@ class _Training:
         "run the networks' blocks through torch.compile, after minutes of compiling, each other batch size anew: the"
         " same numbers but for rounding; meant for GPUs, a CPU gains next to nothing",
     )
+    channels_last: bool = option(
+        False,
+        "compute with the channels of a position side by side in memory, for the 16-bit convolutions of GPUs: the same"
+        " numbers but for rounding, and the same files; slower on the CPUs where it was tried",
+    )
     max_bad_steps: int = option(100, "stop after this many updates in a row whose loss or gradient is not finite")
     num_workers: int = option(1, "processes that load images; 0: the training process itself")
     random_flip: bool = option(True, "mirror half of the training images")
@@ -553,6 +558,7 @@ class _Sampling:
         " features staying as they are (DeepCache): faster, and not the same images (docs/speed.md); 1: always whole",
     )
     compile: bool = changed(_Training, "compile", False)
+    channels_last: bool = changed(_Training, "channels_last", False)
     reuse_depth: int = option(1, "how many blocks at either end of the network are run at each step by --reuse_every")
 
 
