@@ -142,8 +142,8 @@ class MixedPrecisionTrainer:
 
     def master_params_to_state_dict(self, master_params):
         """
-        A float32 state dict of the model, its tensors contiguous, in which `master_params` stand for its parameters (EMA weights do too). Of a
-        sharded model it is whole on rank 0; collective then, as the three below are.
+        A float32 state dict of the model in which `master_params` stand for its parameters (EMA weights do too), all
+        of it contiguous. Of a sharded model it is whole on rank 0; collective then, as the three below are.
         """
         state = {name: value.float() for name, value in self.model.state_dict().items()}
         named = zip(self.names, master_params, self.model_params)

@@ -5,13 +5,12 @@ convolutions of GPUs want them: no number changes but by rounding, and what is s
 
 import torch
 
-from . import logger
 from .unet import UNetTrunk
 
 CHANNELS_LAST = torch.channels_last
 
 
-def to_channels_last(net, say=logger.log):
+def to_channels_last(net, say):
     """
     Have a network compute with channels last: its weights are laid out anew in place, its first feature map too, and
     what it returns is laid out as usual. Its first whole evaluation looks whether all blocks keep the layout, and says

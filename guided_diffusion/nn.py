@@ -19,7 +19,7 @@ class UsageError(ValueError, AssertionError):
 
 
 def is_channels_last(x):
-    """Whether a tensor [N,C,H,W] has the channels of a position side by side, and is not contiguous as usual as well."""
+    """Whether a tensor [N,C,H,W] has the channels of a position side by side, and is not contiguous as well."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -11,11 +11,11 @@ import torch as th
 
 from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
 from .compiling import compile_blocks
-from .layouts import to_channels_last
 from .fp16_util import PRECISIONS
 from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
+from .layouts import to_channels_last
 from .pace import convolution_rate
 from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
@@ -430,7 +430,7 @@ def compiled(args, net):
     A network, with channels last where --channels_last says so, and its blocks compiled where --compile does. Raises
     ValueError if that cannot be.
     """
-    net = to_channels_last(net) if args.channels_last else net
+    net = to_channels_last(net, logger.log) if args.channels_last else net
     return compile_blocks(net) if args.compile else net
 
 

@@ -152,7 +152,7 @@ class Trainer:
         if sharding == "fsdp" and dist_util.world_size() > 1:
             shard(task.net)
         if channels_last:
-            layouts.to_channels_last(task.net)
+            layouts.to_channels_last(task.net, logger.log)
         self.mp_trainer = MixedPrecisionTrainer(
             model=task.net,
             precision=precision,

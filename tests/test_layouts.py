@@ -4,7 +4,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion import checkpoint, config, logger, nn, program, tasks, unet
+from guided_diffusion import checkpoint, config, logger, nn, program, tasks
 from guided_diffusion.compiling import compile_blocks
 from guided_diffusion.ema import Rate
 from guided_diffusion.film_unet import Unet as FilmUnet
@@ -80,7 +80,7 @@ def test_blocks_that_do_not_keep_the_layout_are_named(monkeypatch):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_norm_by_moments_is_the_norm(adaptive):
-    """The form that GPUs take, against torch's own norm in float64; and what it leaves is laid out as what it is given."""
+    """The form that GPUs take, against torch's own norm in float64; its result is laid out as what it is given."""
     norm = nn.normalization(64)
     th.nn.init.normal_(norm.weight), th.nn.init.normal_(norm.bias)
     x = (3 + th.randn(2, 64, 5, 7)).contiguous(memory_format=th.channels_last)
@@ -91,8 +91,8 @@ def test_the_norm_by_moments_is_the_norm(adaptive):
     want = plain * gain.double()[..., None, None] + offset.double()[..., None, None]
     th.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6)
     assert nn.is_channels_last(got)
-    gradient, wanted = (th.autograd.grad(y.double().cos().sum(), norm.weight, retain_graph=True)[0] for y in (got, want))
-    th.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+    gradients = [th.autograd.grad(y.double().cos().sum(), norm.weight, retain_graph=True)[0] for y in (got, want)]
+    th.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_where_the_norm_takes_that_form(monkeypatch):
@@ -134,7 +134,8 @@ def trained(folder, steps, precision="fp32", **options):
     net = network(**KINDS["the usual"])
     folder.mkdir(exist_ok=True)
     diffusion = create_gaussian_diffusion(steps=10, learn_sigma=True, noise_schedule="cosine")
-    data = ((th.randn(4, 3, 16, 16, generator=th.Generator().manual_seed(k)), {}) for k in range(options.pop("seen", 0), 99))
+    first = options.pop("seen", 0)
+    data = ((th.randn(4, 3, 16, 16, generator=th.Generator().manual_seed(k)), {}) for k in range(first, 99))
     trainer = Trainer(tasks.DiffusionTask(net, diffusion), data, batch_size=4, lr=1e-2, averages=[Rate(0.9)],
                       save_interval=2, iterations=steps, folder=str(folder), precision=precision,
                       background_save=False, **options)  # fmt: skip
@@ -165,13 +166,13 @@ def test_training_files_are_as_ever_and_resume_exactly(tmp_path, precision):
             assert {t.stride() for t in (average, *moments)} == {master.stride()}
         assert sum(nn.is_channels_last(each) for each in trainer.mp_trainer.master_params) > 10
     if precision == "fp32":
-        gaps = [float((a - b).abs().max()) for a, b in zip(whole.ema_params[0], plain.ema_params[0])]
+        gaps = [float((a - b).detach().abs().max()) for a, b in zip(whole.ema_params[0], plain.ema_params[0])]
         assert max(gaps) < 2e-2  # a step of Adam's has the size of lr wherever a gradient is rounding alone
 
 
 def test_networks_that_have_no_such_layout():
     for net in (FilmUnet(32, 8, (1, 2)), network(dims=1)):
         with pytest.raises(ValueError, match=f"for images in networks of --network adm, not for {type(net).__name__}"):
-            to_channels_last(net)
+            to_channels_last(net, print)
     with pytest.raises(ValueError, match="--channels_last True is for whole networks: not with --sharding fsdp"):
         Trainer(None, None, batch_size=1, sharding="fsdp", channels_last=True)
