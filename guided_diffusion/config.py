@@ -925,9 +925,14 @@ def answer_help(module, description, *groups, positional=None):
     Where a module named `module` is the program that runs, and --help was typed: answer it and end the process. For
     programs to call before they import what takes seconds. Of a command line with an error, `parse` tells in its turn.
     """
+    with contextlib.suppress(ValueError):
+        help_first(module, lambda: parse(description, *groups, positional=positional))
+
+
+def help_first(module, parse):
+    """`answer_help` for programs with an argparse parser of their own: parse() is what reads their command line."""
     if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-        with contextlib.suppress(ValueError):
-            parse(description, *groups, positional=positional)
+        parse()
 
 
 def from_preset(typed, known):
