@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from evaluations import door, inception
+from evaluations import door, inception, options
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+DTYPES = {name: getattr(torch, name) for name in options.DTYPES}
 
 
 class Features(NamedTuple):
