@@ -372,7 +372,7 @@ class _Training:
     channels_last: bool = option(
         False,
         "compute with the channels of a position side by side in memory, for the 16-bit convolutions of GPUs: the same"
-        " numbers but for rounding, and the same files; slower on the CPUs where it was tried",
+        " numbers but for rounding, and the same files; a CPU gains next to nothing, or loses",
     )
     max_bad_steps: int = option(100, "stop after this many updates in a row whose loss or gradient is not finite")
     num_workers: int = option(1, "processes that load images; 0: the training process itself")
