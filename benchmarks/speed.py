@@ -12,6 +12,7 @@ file, each with its machine and date; the others stay.
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -209,10 +210,12 @@ def updates(args):
     modules |= {f"network {name}": pairs.diffusion_of(flags)[0] for name, flags, _ in cases(args)[:2]}
     rows = []
     for name, module in modules.items():
-        works = pairs.updates(module.to(args.device), args.device)
-        row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
-        error = timing.difference(works["plain"](), works["ours"]())
-        rows.append(timing.announced(row | {"what": name, "error": error}))
+        parts = pairs.updates(module.to(args.device), args.device)
+        error = timing.difference(parts[""]["plain"](), parts[""]["ours"]())
+        for part, works in parts.items():
+            row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
+            row |= {"what": f"{name}, {part}"} if part else {"what": name, "error": error}
+            rows.append(timing.announced(row))
     return rows
 
 
@@ -252,14 +255,18 @@ def startup(args):
     rounds = {name: [] for name in words}
     for _ in range(args.processes):
         for name, each in words.items():
-            wall, before = time.perf_counter(), os.times()
+            wall, cpu = time.perf_counter(), children_seconds()
             python(*each)
-            after = os.times()
-            cpu = after.children_user + after.children_system - before.children_user - before.children_system
-            rounds[name].append((time.perf_counter() - wall, cpu))
+            rounds[name].append((time.perf_counter() - wall, children_seconds() - cpu))
     return [timing.announced({"what": f"{name} against import torch",
                        **timing.compared({"torch": rounds["import torch"], "this": rounds[name]}, "cpu")})
             for name in list(words)[1:]]  # fmt: skip
+
+
+def children_seconds():
+    """CPU seconds of all processes started here that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def others(args):

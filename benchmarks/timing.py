@@ -51,10 +51,14 @@ def interleaved(sides, repeats, device="cpu"):
     for work in sides.values():
         once(work, device)
     found = {name: [] for name in sides}
-    for number in range(repeats):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
-            gc.collect()
-            found[name].append(once(sides[name], device))
+    gc.collect()
+    gc.disable()  # lest one side tidy up after the other
+    try:
+        for number in range(repeats):
+            for name in list(sides)[:: -1 if number % 2 else 1]:
+                found[name].append(once(sides[name], device))
+    finally:
+        gc.enable()
     return found
 
 
