@@ -158,7 +158,10 @@ def gradients(net, process, flags, count, device="cpu"):
 
 
 def updates(module, device="cpu"):
-    """Works of optimizer and average alone, with the norms that are logged; gradients are made up once."""
+    """
+    Works of optimizer and average alone, with the norms that are logged: {part: works}, the parts "" for all, "AdamW
+    alone" and "average alone"; gradients are made up once.
+    """
     copy = th.nn.ParameterList(th.nn.Parameter(p.detach().clone()) for p in module.parameters())
     for p, other in zip(module.parameters(), copy):
         p.grad = 1e-3 * th.randn_like(p)
@@ -176,7 +179,12 @@ def updates(module, device="cpu"):
         literal.optimize()
         return literal.averages[0]
 
-    return {"plain": plainly, "ours": ours}
+    alone = {"plain": literal.opt.step, "ours": opt.step}
+    averages = {
+        "plain": lambda: [a.mul_(0.9999).add_(p.detach(), alpha=1e-4) for a, p in zip(average, mixed.master_params)],
+        "ours": lambda: update_ema(average, mixed.master_params, rate=0.9999),
+    }
+    return {"": {"plain": plainly, "ours": ours}, "AdamW alone": alone, "average alone": averages}
 
 
 # ------------------------------------------------------------------------------------------------------- sampling

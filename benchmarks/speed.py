@@ -210,10 +210,12 @@ def updates(args):
     modules |= {f"network {name}": pairs.diffusion_of(flags)[0] for name, flags, _ in cases(args)[:2]}
     rows = []
     for name, module in modules.items():
-        works = pairs.updates(module.to(args.device), args.device)
-        row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
-        error = timing.difference(works["plain"](), works["ours"]())
-        rows.append(timing.announced(row | {"what": name, "error": error}))
+        parts = pairs.updates(module.to(args.device), args.device)
+        error = timing.difference(parts[""]["plain"](), parts[""]["ours"]())
+        for part, works in parts.items():
+            row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
+            row |= {"what": f"{name}, {part}"} if part else {"what": name, "error": error}
+            rows.append(timing.announced(row))
     return rows
 
 

@@ -17,7 +17,7 @@ class DemoTextOptions:
     """demo"""
 
     out: str = option("runs/demo_text", "folder for data, runs, samples, pictures and the report")
-    clip_iterations: int = option(1500, "updates of CLIP")
+    clip_iterations: int = option(2000, "updates of CLIP")
     prior_iterations: int = option(1500, "updates of the prior")
     decoder_iterations: int = option(1500, "updates of the decoder")
     judge_iterations: int = option(1000, "updates of the judge, a classifier of clean digits")
