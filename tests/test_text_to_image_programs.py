@@ -412,6 +412,8 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     assert found["texts"].tolist() == ["x" * 30, "a dark picture", "", "три 🐈 三"]
     assert "1 of 4 texts are too long and are cut; the first to 'xxxxxxxxxxxxxxxxxxxxxx'" in (
         tmp_path / "a" / "log.txt").read_text()  # fmt: skip
+    broken = draw(home, tmp_path / "c", "--prompts 'two\nlines' --frames 2")
+    assert broken["texts"].tolist() == ["two\nlines"] * 4
     empty = draw(home, tmp_path / "b", "--prompts ''")
     assert empty["texts"].tolist() == [""] * 4
 
@@ -440,6 +442,7 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     ("--prompts a --clip_path prior/model000004.pt", "prior.*clip"),
     ("--prompts a --model_path bare/model000004.pt", "nothing tells what"),
     ("--prompts a --model_path ''", "model_path"),
+    ("--prompts a --model_path odd/model000004.pt", "config.json beside odd/model000004.pt: clip must be a table, not"),
     ("--images nowhere", "nowhere does not exist"),
     ("--images data.npz --prior_path prior/model000004.pt", "drop --prior_path, which is for prompts"),
     ("--prompts a --super_res_path clip/model000004.pt", "clip.*super_res"),
@@ -454,6 +457,10 @@ def test_sampling_that_cannot_be(here, sure, tmp_path, more, pattern):
     (here / "latin.txt").write_bytes(b"caf\xe9\n")
     (here / "bare").mkdir(exist_ok=True)
     shutil.copy("decoder/model000004.pt", "bare")
+    (here / "odd").mkdir(exist_ok=True)
+    shutil.copy("decoder/model000004.pt", "odd")
+    (here / "odd" / "config.json").write_text(
+        json.dumps(json.loads((here / "decoder" / "config.json").read_text()) | {"clip": "clip/model000004.pt"}))
     words = more if "--model_path" in more else f"--model_path decoder/model000004.pt {more}"
     refused("text_to_image_sample", f"{words} --timestep_respacing 3 --log_dir {tmp_path}", pattern)
     assert not list(tmp_path.glob("**/*.npz"))

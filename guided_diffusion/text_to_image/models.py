@@ -112,7 +112,10 @@ def clip_sizes(clip):
 
 def trained_with(path):
     """{"path", "fingerprint"} of the CLIP that a prior or decoder was trained with, {} where nothing tells."""
-    return (checkpoint.read_config(path) or {}).get("clip", {}) if path else {}
+    told = _noted(path, "clip") if path else {}
+    if told and not told.keys() >= {"path", "fingerprint"}:
+        raise ValueError(f"{checkpoint.where_config(path)}: clip lacks a path or a fingerprint: mend it")
+    return told
 
 
 def path_of_clip(typed, path):
@@ -157,4 +160,11 @@ def check_clip(clip, clip_path, path, force=False):
 
 def dropped(path):
     """{"embedding": rate, "caption": rate} of what was dropped in training, as far as config.json tells."""
-    return (checkpoint.read_config(path) or {}).get("dropped", {})
+    return _noted(path, "dropped")
+
+
+def _noted(path, name):
+    noted = (checkpoint.read_config(path) or {}).get(name, {})
+    if not isinstance(noted, dict):
+        raise ValueError(f"{checkpoint.where_config(path)}: {name} must be a table, not {noted!r}: mend it")
+    return noted
