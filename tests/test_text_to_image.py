@@ -138,9 +138,11 @@ def test_m3_22_specials_are_no_characters_and_lone_surrogates_no_error():
 
 
 def test_a_blank_text_is_padding_alone():
-    for blank in ("", "  \n\t", "\x00", "\u3000"):
+    for blank in ("", "  \n\t", "\x00", "\u3000", " \x02\x03"):
         ids, mask = tokenizer.tokenize([blank, "a"])
         assert not ids[0].any() and not mask[0].any() and mask[1].sum() == 3
+        told = tasks.Captions(tiny_clip(), [blank, "a"]).table
+        assert told["token_mask"].any(1).tolist() == [False, True] and not told["vector"][0].any()
     assert tokenizer.decode(ids) == ["", "a"]
 
 
@@ -721,6 +723,7 @@ def test_the_noise_of_embeddings_is_not_that_of_pictures(monkeypatch):
     ([], {}, "no prompts: give --prompts"),
     (["a"], {"candidates": 0}, "--prior_candidates must be 1 or more, not 0"),
     (["a", " "], {}, "an empty prompt has no embedding of its own: give --prior_path"),
+    (["a", "\x02 "], {}, "an empty prompt has no embedding of its own: give --prior_path"),
 ])  # fmt: skip
 def test_embeddings_that_cannot_be(prompts, more, message):
     with pytest.raises(ValueError, match=message):
@@ -750,6 +753,13 @@ def test_between_two_anchors():
     assert th.allclose(way([5]), out[5:6], atol=1e-6)
     with pytest.raises(ValueError, match="2 or more, not 1"):
         pipeline.Between(None, 1)
+
+
+def test_the_ends_of_ways_are_drawn_once_a_batch():
+    asked = []
+    way = pipeline.Between(lambda indices: (asked.extend(indices), F.normalize(th.ones(len(indices), 2), dim=1))[1], 4)
+    way(range(2, 9))  # of the ways 0, 1 and 2
+    assert asked == [0, 1, 2, 3]
 
 
 def test_samples_of_one_way_begin_with_the_same_noise():

@@ -245,6 +245,20 @@ def test_a_run_goes_on_with_its_own_clip(here, tmp_path):
     done("prior_train", f"{again} --force True")
 
 
+def test_a_clip_that_was_moved_is_asked_for(here, tmp_path, monkeypatch):
+    """Its place is told from where the program was started; another place is as good, since the fingerprint is."""
+    train("prior", tmp_path / "run", "--iterations 1")
+    shutil.copytree("clip", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    told = "model000001.pt was trained with the CLIP clip/model000004.pt, which is not there"
+    data = f"--data_dir {here}/data.npz {PRIOR} {TRAIN} --iterations 2 --log_dir run"
+    refused("prior_train", data, f"run/{told} .seen from .*{tmp_path}.*: tell where it is by --clip_path")
+    done("prior_train", f"{data} --clip_path moved/model000004.pt")
+    drawing = f"--model_path {here}/decoder/model000004.pt {SAMPLE} --prompts a --log_dir drawn"
+    refused("text_to_image_sample", drawing, f"decoder/{told.replace('01', '04')}")
+    done("text_to_image_sample", f"{drawing} --clip_path moved/model000004.pt")
+
+
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -360,6 +374,32 @@ def test_guidance_takes_away_what_was_dropped_in_training(here, sure):
         assert prompting.null_of(args, null) == left
 
 
+def test_networks_in_one_file_draw_the_same(home, drawn, tmp_path, monkeypatch):
+    """As safetensors and back, with what config.json tells: the CLIP, and what was dropped in training."""
+    monkeypatch.chdir(home)
+    for kind, file in (("clip", "model000004"), ("prior", "ema_0.9_000004"), ("decoder", "ema_0.9_000004")):
+        done("convert", f"{kind}/{file}.pt {tmp_path}/{kind}.safetensors")
+        done("convert", f"{tmp_path}/{kind}.safetensors {tmp_path}/{kind}/{file}.pt")
+        assert same(checkpoint.load(tmp_path / kind / f"{file}.pt"), checkpoint.load(f"{kind}/{file}.pt"))
+        assert (tmp_path / kind / "config.json").read_text() == (home / kind / "config.json").read_text()
+    refused("convert", f"{tmp_path}/prior.safetensors {tmp_path}/folder", "diffusers has no prior network like ours")
+    paths = " ".join(f"--{name}_path {tmp_path}/{kind}.safetensors" for name, kind in
+                     (("model", "decoder"), ("prior", "prior"), ("clip", "clip")))  # fmt: skip
+    scales = "--prior_steps 5 --guidance_scale 2 --prior_scale 2"
+    done("text_to_image_sample", f"{paths} {scales} {SAMPLE} {PROMPTS} --log_dir {tmp_path}/drawn")
+    with np.load(tmp_path / "drawn" / "samples_4x8x8x1.npz") as archive:
+        assert np.array_equal(archive["arr_0"], drawn[1]["arr_0"])
+
+
+def test_a_decoder_that_reads_less_of_a_prompt_than_clip_says_so(here, tmp_path):
+    train("decoder", "brief", "--iterations 1 --context_length 8")
+    line = f"--model_path brief/model000001.pt {SAMPLE} --prompts 'a dark picture' --log_dir"
+    for more, warned in (("", True), ("--use_captions False", False)):
+        folder = tmp_path / str(warned)
+        done("text_to_image_sample", f"{line} {folder} {more}")
+        assert ("are cut; the first to 'a dark'" in (folder / "log.txt").read_text()) == warned
+
+
 def test_scores_as_they_come(home, tmp_path, monkeypatch):
     (home / "pixels.py").write_text("def features(images): return images.mean((1, 2)) / 255")
     draw(home, tmp_path, f"{PROMPTS} --evaluate data.npz --extractor pixels:features")
@@ -372,6 +412,8 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     assert found["texts"].tolist() == ["x" * 30, "a dark picture", "", "три 🐈 三"]
     assert "1 of 4 texts are too long and are cut; the first to 'xxxxxxxxxxxxxxxxxxxxxx'" in (
         tmp_path / "a" / "log.txt").read_text()  # fmt: skip
+    broken = draw(home, tmp_path / "c", "--prompts 'two\nlines' --frames 2")
+    assert broken["texts"].tolist() == ["two\nlines"] * 4
     empty = draw(home, tmp_path / "b", "--prompts ''")
     assert empty["texts"].tolist() == [""] * 4
 
@@ -387,6 +429,7 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     ("--images data.npz --prior_candidates 3", "--prior_candidates has no effect without --prior_path"),
     ("--prompts a --prior_path sure_prior/model000001.pt --prior_scale 2", "trained without --caption_dropout"),
     ("--prompts a --model_path sure/model000001.pt --guidance_scale 2", "without --embedding_dropout and cannot be"),
+    ("--prompts a --guide_path decoder/model000002.pt --guidance_scale 2", "--guide_path .*: a decoder is guided"),
     ("--prompts a --interpolate 3", "give two or more"),
     ("--prompts a b --interpolate 3 --num_samples 4", "--num_samples 4 make no whole ways of --interpolate 3"),
     ("--prompts a b --interpolate 1", "2 or more, not 1"),
@@ -399,6 +442,7 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     ("--prompts a --clip_path prior/model000004.pt", "prior.*clip"),
     ("--prompts a --model_path bare/model000004.pt", "nothing tells what"),
     ("--prompts a --model_path ''", "model_path"),
+    ("--prompts a --model_path odd/model000004.pt", "config.json beside odd/model000004.pt: clip must be a table, not"),
     ("--images nowhere", "nowhere does not exist"),
     ("--images data.npz --prior_path prior/model000004.pt", "drop --prior_path, which is for prompts"),
     ("--prompts a --super_res_path clip/model000004.pt", "clip.*super_res"),
@@ -413,6 +457,10 @@ def test_sampling_that_cannot_be(here, sure, tmp_path, more, pattern):
     (here / "latin.txt").write_bytes(b"caf\xe9\n")
     (here / "bare").mkdir(exist_ok=True)
     shutil.copy("decoder/model000004.pt", "bare")
+    (here / "odd").mkdir(exist_ok=True)
+    shutil.copy("decoder/model000004.pt", "odd")
+    (here / "odd" / "config.json").write_text(
+        json.dumps(json.loads((here / "decoder" / "config.json").read_text()) | {"clip": "clip/model000004.pt"}))
     words = more if "--model_path" in more else f"--model_path decoder/model000004.pt {more}"
     refused("text_to_image_sample", f"{words} --timestep_respacing 3 --log_dir {tmp_path}", pattern)
     assert not list(tmp_path.glob("**/*.npz"))
