@@ -27,9 +27,10 @@ def cases(chosen):
             yield name, flags, count
 
 
-def quick(other, precision, compile):
+def quick(other, precision, compile, device):
     """As diffusers recommends on a GPU: 16 bits, channels last, compiled."""
-    other = other.to(DTYPES[precision]).to(memory_format=th.channels_last)
+    other = other if precision == "fp32" else other.to(DTYPES[precision])
+    other = other.to(memory_format=th.channels_last) if th.device(device).type == "cuda" else other
     return th.compile(other) if compile else other
 
 

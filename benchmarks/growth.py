@@ -28,6 +28,8 @@ LABELS = {"images": ("images drawn, in 5 steps", "CPU s"), "steps": ("steps, of 
           "batch": ("images at a time", "CPU s an evaluation"), "pixels": ("side of 2 images", "CPU s an evaluation"),
           "classes": ("classes", "CPU s an evaluation of 16"), "memory": ("images drawn", "peak MiB")}  # fmt: skip
 
+FLAT = ("classes", "memory")  # drawn from zero
+
 
 def walk(images, steps, batch=50):
     """A work that draws images in so many steps with the demo's network."""
@@ -98,7 +100,7 @@ def grown(what, line, values):
 
 
 def figure(rows, path):
-    """A panel for each of what grows, both axes logarithmic but those of memory."""
+    """A panel for each of what grows, both axes logarithmic but those of what does not."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["what"] for row in rows))
@@ -108,9 +110,12 @@ def figure(rows, path):
         for colour, row in zip(pictures.LINE_COLOURS, [row for row in rows if row["what"] == name]):
             label = f"{row['line']} exponent {row['exponent']:.2f}".strip()
             panel.plot(row["numbers"], row["values"], marker="o", ms=4, lw=1.6, color=colour, label=label)
+        ticks = next(row["numbers"] for row in rows if row["what"] == name)
         panel.set(xlabel=LABELS[name][0], ylabel=LABELS[name][1], xscale="log")
-        if name == "memory":
-            panel.set_ylim(0, 1.3 * max(row["values"][-1] for row in rows if row["what"] == name))
+        panel.set_xticks(ticks, [str(number) for number in ticks])
+        panel.minorticks_off()
+        if name in FLAT:
+            panel.set_ylim(0, 1.4 * max(max(row["values"]) for row in rows if row["what"] == name))
         else:
             panel.set_yscale("log")
         panel.grid(color="0.9")

@@ -13,9 +13,11 @@ import plain_steps
 import torch as th
 
 from guided_diffusion import config, ema, generate, guidance, presets, sampling
+from guided_diffusion.compiling import compile_blocks
 from guided_diffusion.config import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.fp16_util import PRECISIONS, MixedPrecisionTrainer, make_adamw
 from guided_diffusion.nn import update_ema
+from guided_diffusion.reuse import Reusing
 from guided_diffusion.script_util import (
     create_classifier_and_diffusion,
     create_model_and_diffusion,
@@ -77,13 +79,15 @@ def published(name, tiny):
 
 
 def quick(net, precision, compile, device):
-    """The network as one runs it on a GPU: 16 bits, channels last, compiled."""
+    """The network as one runs it on a GPU: 16 bits, channels last, its blocks compiled."""
     net.convert_to(PRECISIONS[precision])
-    if th.device(device).type == "cuda":
-        net = net.to(memory_format=th.channels_last)
-    if compile:
-        net.forward = th.compile(net.forward)
-    return net
+    return laid_out(net, compile, device)
+
+
+def laid_out(net, compile, device):
+    """The network with channels last on a GPU, and its blocks compiled if asked for."""
+    net = net.to(memory_format=th.channels_last) if th.device(device).type == "cuda" else net
+    return compile_blocks(net) if compile else net
 
 
 def batch_of(flags, count, device="cpu", seed=0):
@@ -154,7 +158,10 @@ def gradients(net, process, flags, count, device="cpu"):
 
 
 def updates(module, device="cpu"):
-    """Works of optimizer and average alone, with the norms that are logged; gradients are made up once."""
+    """
+    Works of optimizer and average alone, with the norms that are logged: {part: works}, the parts "" for all, "AdamW
+    alone" and "average alone"; gradients are made up once.
+    """
     copy = th.nn.ParameterList(th.nn.Parameter(p.detach().clone()) for p in module.parameters())
     for p, other in zip(module.parameters(), copy):
         p.grad = 1e-3 * th.randn_like(p)
@@ -172,7 +179,12 @@ def updates(module, device="cpu"):
         literal.optimize()
         return literal.averages[0]
 
-    return {"plain": plainly, "ours": ours}
+    alone = {"plain": literal.opt.step, "ours": opt.step}
+    averages = {
+        "plain": lambda: [a.mul_(0.9999).add_(p.detach(), alpha=1e-4) for a, p in zip(average, mixed.master_params)],
+        "ours": lambda: update_ema(average, mixed.master_params, rate=0.9999),
+    }
+    return {"": {"plain": plainly, "ours": ours}, "AdamW alone": alone, "average alone": averages}
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -221,10 +233,7 @@ class Walks:
         :param reuse: deep features of the network are computed at every so many rows.
         """
         net, process = self.net, self.whole if sampler else self.process
-        if reuse > 1:
-            from guided_diffusion.reuse import Reusing
-
-            net = Reusing(net, reuse)
+        net = Reusing(net, reuse) if reuse > 1 else net
 
         def steer(predict):
             grad_fn = process.told_rows(guidance.scaled(self.gradient, every))
@@ -262,14 +271,14 @@ def free_of_classifier(net, process, count, rows, scale=3.0):
             x = literal.ancestral(told, x, t, (draw or noise)(x), y)
         return x
 
-    def ours():
+    def ours(batched):
         stream = generate.sample_stream(
             process, net, shape=shape, num_samples=count, batch_size=count, labels=y.tolist(),
-            guide=lambda predict: guide(predict, {"y": null}, scale, batched=True),
+            guide=lambda predict: guide(predict, {"y": null}, scale, batched=batched),
         )  # fmt: skip
         return th.cat([x for _, x, _ in stream])
 
-    return {"plain": plainly, "ours": ours}
+    return {"plain": plainly, "ours": partial(ours, False), "ours, batched": partial(ours, True)}
 
 
 def demo_networks(folder=None):

@@ -67,10 +67,11 @@ def samplers(args):
     """Rows of the plain form, of ours with the same steps, and of samplers with few."""
     net, process, classifier = pairs.demo_networks(args.demo)
     walks, shape = pairs.Walks(net, process, classifier, args.rows, args.scale), (net.in_channels, 8, 8)
-    works = {f"plain ddpm {args.rows}": lambda seed, n=args.images: walks.literal(n, shape, seed, own_noise=False),
-             f"ours ddpm {args.rows}": lambda seed, n=args.images: walks.ours(n, shape, seed)}  # fmt: skip
+    end = f", scale {args.scale:g}"
+    works = {f"plain ddpm {args.rows}{end}": lambda seed, n=args.images: walks.literal(n, shape, seed, own_noise=False),
+             f"ours ddpm {args.rows}{end}": lambda seed, n=args.images: walks.ours(n, shape, seed)}  # fmt: skip
     for name, steps in CASES[: 2 if args.images < 100 else None]:
-        works[f"ours {name} {steps}"] = lambda seed, n=args.images, w=name, s=steps: walks.ours(
+        works[f"ours {name} {steps}{end}"] = lambda seed, n=args.images, w=name, s=steps: walks.ours(
             n, shape, seed, sampler=w, steps=s)  # fmt: skip
     rows = compared(args.demo, works, args.seeds, walks.labels(args.images).numpy())
     if chosen := best(rows, args.error):
@@ -97,7 +98,9 @@ def shortcuts(args):
         works[f"classifier every {k} steps, {k} times the scale"] = work("exact", every=k)
     for k in (2, 3):
         works[f"deep features every {k} steps"] = work("exact", reuse=k)
-    named = {f"{name}, {args.steps} steps of ddpm": each for name, each in works.items()}
+    works["bf16, classifier every 2 steps"] = work("half", every=2)
+    works["bf16, classifier and deep features every 2 steps"] = work("half", every=2, reuse=2)
+    named = {f"{name}, {args.steps} steps of ddpm, scale {args.scale:g}": each for name, each in works.items()}
     return compared(args.demo, named, args.seeds, walks["exact"].labels(args.images).numpy())
 
 

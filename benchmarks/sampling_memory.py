@@ -23,8 +23,10 @@ import torch as th
 
 ROOT = Path(__file__).parent.parent
 NET = "--image_size 64 --network film --num_channels 4 --channel_mult 1 --noise_schedule cosine".split()
-PEAK = "import resource, runpy, sys; path = sys.argv[1]; sys.argv = sys.argv[1:];\ntry:\n runpy.run_path(path,"
-PEAK += " run_name='__main__')\nfinally:\n print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# VmHWM is of the program alone; ru_maxrss would begin with what the process held that started it.
+PEAK = "import runpy, sys; path = sys.argv[1]; sys.argv = sys.argv[1:];\ntry:\n"
+PEAK += " runpy.run_path(path, run_name='__main__')\nfinally:\n"
+PEAK += " print('PEAK', *[line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line])"
 
 
 def main():

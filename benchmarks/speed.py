@@ -12,6 +12,7 @@ file, each with its machine and date; the others stay.
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -48,12 +49,11 @@ def guides(args):
             for name in args.networks or pairs.PUBLISHED]  # fmt: skip
 
 
-def versions(args, net, training=False):
+def versions(args, net):
     """The network as ours and, in the precision of this device, its plain form."""
     other = plain.plain_of(net)
-    if args.precision == "fp32":
-        return net, other
-    return pairs.quick(net, args.precision, args.compile, args.device), other.to_half()
+    other = other if args.precision == "fp32" else other.to_half()
+    return pairs.quick(net, args.precision, args.compile, args.device), other
 
 
 # ------------------------------------------------------------------------------------------------------- sections
@@ -116,11 +116,8 @@ def training(args):
 
 
 def trained(args, net):
-    """What Trainer is told besides, on this device."""
-    if args.device == "cuda":
-        net.to(memory_format=th.channels_last)
-    if args.compile:
-        net.forward = th.compile(net.forward)
+    """What Trainer is told besides, on this device; the network is made ready for it."""
+    pairs.laid_out(net, args.compile, args.device)
     return {"precision": args.precision}
 
 
@@ -175,8 +172,8 @@ def guided(args):
             literal = plain.plain_of(net), plain.plain_of(classifier)
             if args.precision != "fp32":
                 literal = literal[0].to_half(), literal[1].to_half()
-                pairs.quick(net, args.precision, args.compile and sampler == "ddpm", args.device)
-                pairs.quick(classifier, args.precision, args.compile and sampler == "ddpm", args.device)
+            for each in (net, classifier):
+                pairs.quick(each, args.precision, args.compile and sampler == "ddpm", args.device)
             walks = pairs.Walks(net, process, classifier, args.steps, 3.0, sampler, literal=literal)
             row = timing.compared(timing.interleaved(walks.works(count, shape), args.repeats, args.device), args.clock)
             row |= {"what": f"{name}, {args.steps} steps of {sampler}, {count} images"}
@@ -213,10 +210,12 @@ def updates(args):
     modules |= {f"network {name}": pairs.diffusion_of(flags)[0] for name, flags, _ in cases(args)[:2]}
     rows = []
     for name, module in modules.items():
-        works = pairs.updates(module.to(args.device), args.device)
-        row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
-        error = timing.difference(works["plain"](), works["ours"]())
-        rows.append(timing.announced(row | {"what": name, "error": error}))
+        parts = pairs.updates(module.to(args.device), args.device)
+        error = timing.difference(parts[""]["plain"](), parts[""]["ours"]())
+        for part, works in parts.items():
+            row = timing.compared(timing.interleaved(works, 3 * args.repeats, args.device), args.clock)
+            row |= {"what": f"{name}, {part}"} if part else {"what": name, "error": error}
+            rows.append(timing.announced(row))
     return rows
 
 
@@ -256,14 +255,18 @@ def startup(args):
     rounds = {name: [] for name in words}
     for _ in range(args.processes):
         for name, each in words.items():
-            wall, before = time.perf_counter(), os.times()
+            wall, cpu = time.perf_counter(), children_seconds()
             python(*each)
-            after = os.times()
-            cpu = after.children_user + after.children_system - before.children_user - before.children_system
-            rounds[name].append((time.perf_counter() - wall, cpu))
+            rounds[name].append((time.perf_counter() - wall, children_seconds() - cpu))
     return [timing.announced({"what": f"{name} against import torch",
                        **timing.compared({"torch": rounds["import torch"], "this": rounds[name]}, "cpu")})
             for name in list(words)[1:]]  # fmt: skip
+
+
+def children_seconds():
+    """CPU seconds of all processes started here that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def others(args):
@@ -275,9 +278,8 @@ def others(args):
         net, process = pairs.diffusion_of(flags, args.device)
         net.eval()
         other, batch = diffusers_side.network_of(net, flags), pairs.batch_of(flags, count, args.device)
-        if args.precision != "fp32":
-            other = diffusers_side.quick(other, args.precision, args.compile)
-            pairs.quick(net, args.precision, args.compile, args.device)
+        other = diffusers_side.quick(other, args.precision, args.compile, args.device)
+        pairs.quick(net, args.precision, args.compile, args.device)
         works = diffusers_side.evaluations(net, other, batch)
         row = timing.compared(timing.interleaved(works, args.repeats, args.device), args.clock)
         row["error"] = timing.difference(works["diffusers"](), works["ours"]())
@@ -310,8 +312,7 @@ def profiles(args):
     for name, flags, count in cases(args):
         net, process = pairs.diffusion_of(flags, args.device)
         batch = pairs.batch_of(flags, count, args.device)
-        if args.precision != "fp32":
-            pairs.quick(net, args.precision, args.compile, args.device)
+        pairs.quick(net, args.precision, args.compile, args.device)
         rows.append(profiled(args, f"evaluation of {name}", pairs.evaluations(net.eval(), None, batch)["ours"]))
         net, process = pairs.diffusion_of(flags, args.device)
         step = pairs.our_training(net, process, batch[0], batch[2], **trained(args, net))

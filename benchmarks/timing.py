@@ -51,10 +51,14 @@ def interleaved(sides, repeats, device="cpu"):
     for work in sides.values():
         once(work, device)
     found = {name: [] for name in sides}
-    for number in range(repeats):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
-            gc.collect()
-            found[name].append(once(sides[name], device))
+    gc.collect()
+    gc.disable()  # lest one side tidy up after the other
+    try:
+        for number in range(repeats):
+            for name in list(sides)[:: -1 if number % 2 else 1]:
+                found[name].append(once(sides[name], device))
+    finally:
+        gc.enable()
     return found
 
 
@@ -97,7 +101,7 @@ def shown(row):
     """A row of the table as text: what, seconds of each side, times as fast with quartiles, what else there is."""
     parts = [f"{row['what']:<46}"]
     for name, times in row.get("sides", {}).items():
-        parts.append(f"{name} {_seconds(times[row['clock'] + '_s']['median'])}")
+        parts.append(f"{name} {seconds(times[row['clock'] + '_s']['median'])}")
     for name, ratio in row.get("times_as_fast", {}).items():
         parts.append(f"{name} x{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})")
     parts += [f"{key} {_number(value)}" for key, value in row.items()
@@ -111,7 +115,8 @@ def announced(row):
     return row
 
 
-def _seconds(value):
+def seconds(value):
+    """A time as text."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 

@@ -8,6 +8,35 @@ guided_diffusion/text.py, or come from a file.
 """
 
 import argparse
+
+from guided_diffusion import config
+
+
+def parse():
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="labelled folder or npz, or npz with images and texts")
+    parser.add_argument("out", help="npz to write")
+    parser.add_argument("--image_size", type=int, default=32, help="side of the images in pixels (default: 32)")
+    parser.add_argument("--image_channels", type=int, default=3, help="1 grey, 3 colour, 4 with alpha (default: 3)")
+    parser.add_argument("--templates", nargs="+", help="phrasings, as 'a picture of a {class}' (default: usual ones)")
+    parser.add_argument("--hold_out", nargs="*", help="phrasings to keep apart for trying the model")
+    parser.add_argument(
+        "--class_texts", nargs="+",
+        help="instead of phrasings one text a class, each in quotes and in the order of the labels, or fashion-mnist",
+    )  # fmt: skip
+    parser.add_argument("--val_out", help="npz for images that are held out, drawn at random but always the same")
+    parser.add_argument("--val_count", type=int, default=0, help="how many images --val_out gets (default: 0)")
+    parser.add_argument(
+        "--encoder", default="hashing:512",
+        help="text encoder and width; none: no vectors, for CLIP, which reads texts (default: hashing:512)",
+    )  # fmt: skip
+    parser.add_argument("--vectors", help="npy file of the vectors of the texts, computed elsewhere, as by CLIP")
+    return parser.parse_args()
+
+
+config.help_first(__name__, parse)  # before what takes seconds to import
+
 from pathlib import Path
 
 import numpy as np
@@ -176,30 +205,10 @@ def write_captions(source, out, image_size, image_channels=3, templates=None, ho
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="labelled folder or npz, or npz with images and texts")
-    parser.add_argument("out", help="npz to write")
-    parser.add_argument("--image_size", type=int, default=32, help="side of the images in pixels (default: 32)")
-    parser.add_argument("--image_channels", type=int, default=3, help="1 grey, 3 colour, 4 with alpha (default: 3)")
-    parser.add_argument("--templates", nargs="+", help="phrasings, as 'a picture of a {class}' (default: usual ones)")
-    parser.add_argument("--hold_out", nargs="*", help="phrasings to keep apart for trying the model")
-    parser.add_argument(
-        "--class_texts", nargs="+",
-        help="instead of phrasings one text a class, each in quotes and in the order of the labels, or fashion-mnist",
-    )  # fmt: skip
-    parser.add_argument("--val_out", help="npz for images that are held out, drawn at random but always the same")
-    parser.add_argument("--val_count", type=int, default=0, help="how many images --val_out gets (default: 0)")
-    parser.add_argument(
-        "--encoder", default="hashing:512",
-        help="text encoder and width; none: no vectors, for CLIP, which reads texts (default: hashing:512)",
-    )  # fmt: skip
-    parser.add_argument("--vectors", help="npy file of the vectors of the texts, computed elsewhere, as by CLIP")
-    args = parser.parse_args()
+    args = parse()
     texts = write_captions(**vars(args))
     print(f"wrote {len(texts)} images with {texts.shape[1]} texts each to {args.out}")
 
 
 if __name__ == "__main__":
-    from guided_diffusion.config import run_program
-
-    run_program(main)
+    config.run_program(main)

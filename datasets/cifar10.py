@@ -11,6 +11,23 @@ Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
 
 import argparse
+
+from guided_diffusion import config
+
+
+def parse():
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", help="folder to write; train.npz and test.npz are made in it")
+    config.add_flag(parser, "source", "", "mirror's address, folder of batches, or .tar.gz; empty: the authors' page")
+    config.add_flag(parser, "hundred", False, "CIFAR-100, with its fine labels")
+    config.add_flag(parser, "png", False, "pictures named as improved-diffusion names them, instead of npz files")
+    parser.set_defaults(source="", hundred=False, png=False)
+    return parser.parse_args()
+
+
+config.help_first(__name__, parse)  # before what takes seconds to import
+
 import tarfile
 import tempfile
 import zlib
@@ -19,7 +36,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from guided_diffusion import checkpoint, config
+from guided_diffusion import checkpoint
 from guided_diffusion.byte_formats import cifar_files, is_cifar_name, read_cifar
 from guided_diffusion.download import fetch
 
@@ -99,13 +116,7 @@ def _write_png(out, split, images, labels, _):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out_dir", help="folder to write; train.npz and test.npz are made in it")
-    config.add_flag(parser, "source", "", "mirror's address, folder of batches, or .tar.gz; empty: the authors' page")
-    config.add_flag(parser, "hundred", False, "CIFAR-100, with its fine labels")
-    config.add_flag(parser, "png", False, "pictures named as improved-diffusion names them, instead of npz files")
-    parser.set_defaults(source="", hundred=False, png=False)
-    args = parser.parse_args()
+    args = parse()
     counts = write_cifar(args.out_dir, args.source, 100 if args.hundred else 10, args.png)
     print(f"wrote {' and '.join(f'{count} images ({split})' for split, count in counts.items())} to {args.out_dir}")
 

@@ -9,6 +9,22 @@ Digits, UCI Machine Learning Repository, 1998 (its test set).
 """
 
 import argparse
+
+from guided_diffusion import config
+
+
+def parse():
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("out_dir", help="folder to write; train and val are made in it")
+    parser.add_argument("--image_size", type=int, default=8, help="8, or 16 or 32 by bicubic enlargement (default: 8)")
+    parser.add_argument("--val_fraction", type=float, default=0.2, help="part of each digit held out (default: 0.2)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which images are held out (default: 0)")
+    return parser.parse_args()
+
+
+config.help_first(__name__, parse)  # before what takes seconds to import
+
 from pathlib import Path
 
 import numpy as np
@@ -81,17 +97,10 @@ def enlarge(image, side):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("out_dir", help="folder to write; train and val are made in it")
-    parser.add_argument("--image_size", type=int, default=8, help="8, or 16 or 32 by bicubic enlargement (default: 8)")
-    parser.add_argument("--val_fraction", type=float, default=0.2, help="part of each digit held out (default: 0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="decides which images are held out (default: 0)")
-    args = parser.parse_args()
+    args = parse()
     counts = write_digits(**vars(args))
     print(f"wrote {counts['train']} images to {args.out_dir}/train and {counts['val']} to {args.out_dir}/val")
 
 
 if __name__ == "__main__":
-    from guided_diffusion.config import run_program
-
-    run_program(main)
+    config.run_program(main)

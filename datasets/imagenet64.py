@@ -13,6 +13,22 @@ names; without it a label is the number less one. Source: Chrabaszcz, Loshchilov
 """
 
 import argparse
+
+from guided_diffusion import config
+
+
+def parse():
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder of the npz batches, or of the zips that hold them")
+    parser.add_argument("out_dir", help="folder to write, with train.npy and val.npy")
+    config.add_flag(parser, "map", "", "map_clsloc.txt, to number the classes as the published models do")
+    parser.set_defaults(map="")
+    return parser.parse_args()
+
+
+config.help_first(__name__, parse)  # before what takes seconds to import
+
 import contextlib
 import math
 import re
@@ -24,7 +40,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from guided_diffusion import checkpoint, config
+from guided_diffusion import checkpoint
 from guided_diffusion.arrays import GrowingNpy, read_npz
 
 SPLITS = {"train": r"train_data_batch_(\d+)\.npz$", "val": r"val_data()\.npz$"}
@@ -127,12 +143,7 @@ def _save(path, array):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder of the npz batches, or of the zips that hold them")
-    parser.add_argument("out_dir", help="folder to write, with train.npy and val.npy")
-    config.add_flag(parser, "map", "", "map_clsloc.txt, to number the classes as the published models do")
-    parser.set_defaults(map="")
-    counts = write_imagenet(**vars(parser.parse_args()))
+    counts = write_imagenet(**vars(parse()))
     print(f"wrote {' and '.join(f'{count} images to {split}.npy' for split, count in counts.items())}")
 
 

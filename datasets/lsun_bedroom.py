@@ -11,6 +11,23 @@ its own crop. Needs the package lmdb. Source: Yu et al., arXiv 1506.03365.
 """
 
 import argparse
+
+from guided_diffusion import config
+
+
+def parse():
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lmdb_path", help="folder of the LMDB, its zip, or the address of that")
+    parser.add_argument("out_dir", help="folder to write")
+    parser.add_argument("--image-size", type=config.parse_int, default=256, help="side in pixels (default: 256)")
+    parser.add_argument("--prefix", default="bedroom", help="beginning of the names, the class (default: bedroom)")
+    parser.add_argument("--checksum", default="", help="of a zip that is fetched, as md5:HEX")
+    return parser.parse_args()
+
+
+config.help_first(__name__, parse)  # before what takes seconds to import
+
 import shutil
 import sys
 import zipfile
@@ -20,7 +37,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion import checkpoint, config
+from guided_diffusion import checkpoint
 from guided_diffusion.archives import lmdb_of
 from guided_diffusion.decoding import UnreadableImage, decode
 from guided_diffusion.download import fetch
@@ -89,13 +106,7 @@ def _unpacked(path, out, checksum, progress):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lmdb_path", help="folder of the LMDB, its zip, or the address of that")
-    parser.add_argument("out_dir", help="folder to write")
-    parser.add_argument("--image-size", type=config.parse_int, default=256, help="side in pixels (default: 256)")
-    parser.add_argument("--prefix", default="bedroom", help="beginning of the names, the class (default: bedroom)")
-    parser.add_argument("--checksum", default="", help="of a zip that is fetched, as md5:HEX")
-    written, present, bad = write_lsun(**vars(parser.parse_args()))
+    written, present, bad = write_lsun(**vars(parse()))
     print(f"wrote {written} pictures; {present} were there, {bad} could not be read")
 
 

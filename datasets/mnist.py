@@ -10,13 +10,30 @@ Sources: LeCun, Bottou, Bengio and Haffner, Proc. IEEE 86, 1998; Xiao, Rasul and
 """
 
 import argparse
+
+from guided_diffusion import config
+
+
+def parse():
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("out_dir", help="folder to write; train.npz and test.npz are made in it")
+    where = "address of a mirror, folder of idx files, or npz with x_train; empty: the usual mirror"
+    config.add_flag(parser, "source", "", where)
+    config.add_flag(parser, "fashion", False, "Fashion-MNIST, whose files have the same names, instead of the digits")
+    parser.set_defaults(source="", fashion=False)
+    return parser.parse_args()
+
+
+config.help_first(__name__, parse)  # before what takes seconds to import
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from guided_diffusion import arrays as plain
-from guided_diffusion import checkpoint, config
+from guided_diffusion import checkpoint
 from guided_diffusion.byte_formats import read_idx
 from guided_diffusion.download import fetch
 
@@ -124,13 +141,7 @@ def _checked(arrays, split, source):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("out_dir", help="folder to write; train.npz and test.npz are made in it")
-    where = "address of a mirror, folder of idx files, or npz with x_train; empty: the usual mirror"
-    config.add_flag(parser, "source", "", where)
-    config.add_flag(parser, "fashion", False, "Fashion-MNIST, whose files have the same names, instead of the digits")
-    parser.set_defaults(source="", fashion=False)
-    args = parser.parse_args()
+    args = parse()
     counts = write_mnist(args.out_dir, args.source, FASHION if args.fashion else MNIST)
     print(f"wrote {' and '.join(f'{count} images to {args.out_dir}/{split}.npz' for split, count in counts.items())}")
 

@@ -10,6 +10,26 @@ gives; for --random_crop pack larger.
 """
 
 import argparse
+
+from guided_diffusion import config
+
+
+def parse():
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder, zip, tar, npz, npy, idx, CIFAR batches or LMDB")
+    parser.add_argument("out", help="file to write, NAME.zip or NAME.npy")
+    known = config.options(config.TrainOptions, config.ModelOptions)
+    for name in "image_size image_channels label_from background skip_bad_images num_workers".split():
+        config.add_flag(parser, name, known[name].default, **known[name].metadata)
+        parser.set_defaults(**{name: known[name].default})
+    config.add_flag(parser, "class_cond", True, "write the labels too")
+    parser.set_defaults(class_cond=True)
+    return parser.parse_args()
+
+
+config.help_first(__name__, parse)  # before what takes seconds to import
+
 import io
 import json
 import sys
@@ -22,7 +42,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from guided_diffusion import checkpoint, config, pictures
+from guided_diffusion import checkpoint, pictures
 from guided_diffusion.arrays import GrowingNpy
 from guided_diffusion.decoding import MODES, UnreadableImage, check_background
 from guided_diffusion.image_datasets import ImageDataset
@@ -150,16 +170,7 @@ def _write_beside(path, array):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder, zip, tar, npz, npy, idx, CIFAR batches or LMDB")
-    parser.add_argument("out", help="file to write, NAME.zip or NAME.npy")
-    known = config.options(config.TrainOptions, config.ModelOptions)
-    for name in "image_size image_channels label_from background skip_bad_images num_workers".split():
-        config.add_flag(parser, name, known[name].default, **known[name].metadata)
-        parser.set_defaults(**{name: known[name].default})
-    config.add_flag(parser, "class_cond", True, "write the labels too")
-    parser.set_defaults(class_cond=True)
-    args = parser.parse_args()
+    args = parse()
     counts = pack(**vars(args))
     print(f"wrote {args.out}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
 

@@ -8,21 +8,8 @@ differences show than two separate intervals would tell apart.
 """
 
 import argparse
-import json
-import math
-import sys
-from pathlib import Path
 
-from evaluations import door, errors, gallery, intervals, tables
-
-BETTER = {"inception_score": 1, "fid": -1, "sfid": -1, "kid": -1, "precision": 1, "recall": 1, "density": 1,
-          "coverage": 1, "label_agreement": 1}  # fmt: skip
-TOLD = "versions"  # the part of a protocol that may differ, and is told of
-
-
-def main(argv=None):
-    """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input or unlike protocols."""
-    return door.exit_code(lambda: run(parse(argv)))
+from evaluations import door
 
 
 def parse(argv=None):
@@ -36,6 +23,25 @@ def parse(argv=None):
     parser.add_argument("--anyway", action="store_true", help="compare results of unlike protocols too, and say so")
     parser.add_argument("--out", help="json file to write the differences to")
     return parser.parse_args(argv)
+
+
+door.help_first(__name__, parse)  # before what takes seconds to import
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from evaluations import errors, gallery, intervals, tables
+
+BETTER = {"inception_score": 1, "fid": -1, "sfid": -1, "kid": -1, "precision": 1, "recall": 1, "density": 1,
+          "coverage": 1, "label_agreement": 1}  # fmt: skip
+TOLD = "versions"  # the part of a protocol that may differ, and is told of
+
+
+def main(argv=None):
+    """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input or unlike protocols."""
+    return door.exit_code(lambda: run(parse(argv)))
 
 
 def run(args):

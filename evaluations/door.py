@@ -80,6 +80,13 @@ def center_crop(image, size):
     return center_crop_arr(image, sides(size))
 
 
+def help_first(module, parse):
+    """Where the module of that name is the program that runs, and --help was typed, call parse(), which answers it."""
+    from guided_diffusion.config import help_first
+
+    help_first(module, parse)
+
+
 def parse_size(text):
     """A side in pixels, or "HEIGHTxWIDTH", of what is typed; argparse.ArgumentTypeError for anything else."""
     from guided_diffusion.config import parse_size

@@ -10,17 +10,54 @@ images always. Several processes (torchrun, mpiexec, srun) share the work.
 """
 
 import argparse
-import functools
 import sys
+
+from evaluations import door, options
+from evaluations.options import Settings
+
+
+def parse(argv=None):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(
+        description="Inception score, FID, sFID, precision, recall, density and coverage of one set of images against "
+        "another.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("reference", metavar="REF", help="images of the data set: npz, folder, zip or published name")
+    parser.add_argument("sample", metavar="SAMPLE", help="images to score, likewise")
+    options.add_extractor_options(parser)
+    usual = Settings()
+    switches = parser.add_argument_group("deviations from the published protocol")
+    switches.add_argument("--k", type=int, default=usual.k, help="neighbours of precision and recall")
+    switches.add_argument("--density_k", type=int, default=usual.density_k, help="neighbours of density and coverage")
+    switches.add_argument(
+        "--distances", default=usual.distances, choices=options.DISTANCES,
+        help="of precision and recall: float32 products with every open decision settled in float64, float64 products, "
+        "or float16 as the original rounded them",
+    )  # fmt: skip
+    switches.add_argument("--split_size", type=int, default=usual.split_size, help="images in a split of the "
+                          "inception score")  # fmt: skip
+    switches.add_argument("--splits", type=int, help="so many equal splits in place of those of --split_size")
+    switches.add_argument("--shuffle", type=int, help="seed of an order to draw before splitting (None: file order)")
+    parser.add_argument("--cache", help="folder for features, which later runs, of more images too, find again")
+    parser.add_argument("--no_errors", action="store_true", help="leave out KID and all errors, which take the time of "
+                        "precision and recall again, and more")  # fmt: skip
+    parser.add_argument("--per_class", action="store_true", help="also score each class; both sets must have labels")
+    parser.add_argument("--out", help="json file to write the scores to; what each image has in them goes beside "
+                        "NAME.json as NAME.parts.npz")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+door.help_first(__name__, parse)  # before what takes seconds to import
+
+import functools
 from pathlib import Path
 
 import numpy as np
 
 from evaluations import (
     collect,
-    door,
     errors,
-    inception,
     metrics,
     neighbours,
     protocol,
@@ -29,10 +66,9 @@ from evaluations import (
     tables,
 )
 from evaluations.cache import Cache
-from evaluations.features import DTYPES, OPTIONS, InceptionExtractor, identity_of, make_extractor
+from evaluations.features import OPTIONS, InceptionExtractor, identity_of, make_extractor
 from evaluations.per_class import no_labels
 from evaluations.per_class import per_class as scores_by_class
-from evaluations.protocol import Settings
 from evaluations.sources import ImageSet
 
 __all__ = ["ImageSet", "Scorer", "Settings", "evaluate"]
@@ -58,57 +94,6 @@ def main(argv=None):
 def guarded(work, args):
     """Calls work(args). Returns an exit code: 0, 130 for an interrupt, or 2 after a line on stderr about bad input."""
     return door.exit_code(lambda: work(args))
-
-
-def parse(argv=None):
-    """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        description="Inception score, FID, sFID, precision, recall, density and coverage of one set of images against "
-        "another.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("reference", metavar="REF", help="images of the data set: npz, folder, zip or published name")
-    parser.add_argument("sample", metavar="SAMPLE", help="images to score, likewise")
-    add_extractor_options(parser)
-    usual = Settings()
-    switches = parser.add_argument_group("deviations from the published protocol")
-    switches.add_argument("--k", type=int, default=usual.k, help="neighbours of precision and recall")
-    switches.add_argument("--density_k", type=int, default=usual.density_k, help="neighbours of density and coverage")
-    switches.add_argument(
-        "--distances", default=usual.distances, choices=neighbours.DISTANCES,
-        help="of precision and recall: float32 products with every open decision settled in float64, float64 products, "
-        "or float16 as the original rounded them",
-    )  # fmt: skip
-    switches.add_argument("--split_size", type=int, default=usual.split_size, help="images in a split of the "
-                          "inception score")  # fmt: skip
-    switches.add_argument("--splits", type=int, help="so many equal splits in place of those of --split_size")
-    switches.add_argument("--shuffle", type=int, help="seed of an order to draw before splitting (None: file order)")
-    parser.add_argument("--cache", help="folder for features, which later runs, of more images too, find again")
-    parser.add_argument("--no_errors", action="store_true", help="leave out KID and all errors, which take the time of "
-                        "precision and recall again, and more")  # fmt: skip
-    parser.add_argument("--per_class", action="store_true", help="also score each class; both sets must have labels")
-    parser.add_argument("--out", help="json file to write the scores to; what each image has in them goes beside "
-                        "NAME.json as NAME.parts.npz")  # fmt: skip
-    return parser.parse_args(argv)
-
-
-def add_extractor_options(parser):
-    """The options that say how images are looked at, which all programs of this package share."""
-    parser.add_argument(
-        "--extractor", default="inception",
-        help="inception; or a classifier checkpoint of this project, module:function, dinov2-vit-l-14, "
-        "clip-vit-b-32..., whose features are to be used instead",
-    )  # fmt: skip
-    parser.add_argument("--weights", help="file of the Inception weights (None: $GD_INCEPTION_WEIGHTS, else download)")
-    parser.add_argument("--allow_other_weights", action="store_true", help="take --weights of another content than the "
-                        "published")  # fmt: skip
-    parser.add_argument("--resize", default="tf1", choices=inception.RESIZES, help="rule by which Inception resizes")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="numbers inside Inception")
-    parser.add_argument("--image_size", type=door.parse_size, help="cut squares of this side, or HEIGHTxWIDTH, out of "
-                        "pictures in folders, zips and tars")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=64, help="images given to the network at once; no score "
-                        "depends on it")  # fmt: skip
-    parser.add_argument("--device", default="", help="cpu, cuda or cuda:N (empty: a GPU if there is one)")
 
 
 def extractor_of(args, device):
@@ -396,6 +381,9 @@ def _notes(described, extractor):
     """What the kinds of files give to say."""
     if extractor.name != InceptionExtractor.name:
         yield f"features: {extractor.dim} of {extractor.name}; compare only with scores by this network"
+    dtype = identity_of(extractor).get("dtype", OPTIONS["dtype"])
+    if dtype != OPTIONS["dtype"]:
+        yield f"features: computed in {dtype}; compare only with scores of --dtype {dtype}"
     lossy = {whose: each.lossy for whose, each in described.items()}
     if True in lossy.values() and len(set(lossy.values())) > 1:
         touched, other = sorted(lossy, key=lambda whose: not lossy[whose])

@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from evaluations import door, inception
+from evaluations import door, inception, options
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in options.DTYPES}
 
 
 class Features(NamedTuple):
@@ -59,13 +59,17 @@ def make_extractor(spec, device="cpu", weights=None, **inception_options):
         return InceptionExtractor(weights, device, **inception_options)
     if weights is not None:
         raise ValueError(f"weights belong to the extractor {InceptionExtractor.name!r}; {spec} brings its own")
-    if any(inception_options[name] != usual for name, usual in OPTIONS.items() if name in inception_options):
-        raise ValueError(f"{', '.join(OPTIONS)} belong to the extractor {InceptionExtractor.name!r}, not to {spec}")
+    dtype = inception_options.pop("dtype", OPTIONS["dtype"])
+    if any(inception_options[name] != OPTIONS[name] for name in inception_options):
+        others = ", ".join(name for name in OPTIONS if name != "dtype")
+        raise ValueError(f"{others} belong to the extractor {InceptionExtractor.name!r}, not to {spec}")
+    path = spec if spec.startswith(("dinov2-", "clip-")) else door.locate(spec)
+    if Path(path).is_file():
+        return ClassifierExtractor(path, device, dtype)
+    if dtype != OPTIONS["dtype"]:
+        raise ValueError(f"dtype {dtype} is for {InceptionExtractor.name!r} and for classifiers, not for {spec}")
     if spec.startswith(("dinov2-", "clip-")):
         return FidelityExtractor(spec, device)
-    path = door.locate(spec)
-    if Path(path).is_file():
-        return ClassifierExtractor(path, device)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
         return CallableExtractor(spec)
     raise FileNotFoundError(
@@ -112,7 +116,7 @@ class InceptionExtractor:
 
     :param weights, allow_other_weights: as `inception.find_weights` takes them.
     :param resize: one of inception.RESIZES; "tf1" is the published rule.
-    :param dtype: "float32", the published one, or "float64".
+    :param dtype: "float32", the published one, "float64", or that of the convolutions alone, "bfloat16" or "float16".
     :raises FileNotFoundError: without weights. :raises ValueError: for a wrong file or option.
     """
 
@@ -124,10 +128,11 @@ class InceptionExtractor:
             if value not in choices:
                 raise ValueError(f"{what} is {value!r}; choose one of {', '.join(choices)}")
         file, digest = inception.find_weights(weights, allow_other_weights)
-        self.device, self.dtype = torch.device(device), DTYPES[dtype]
+        self.device = torch.device(device)
+        self.dtype = torch.promote_types(DTYPES[dtype], torch.float32)  # of the images, resized
         self.at_once = 4 if self.device.type == "cpu" else 64
         self.resize = inception.RESIZES[resize]
-        self.network = inception.load(file).to(self.device, self.dtype)
+        self.network = inception.load(file).to(self.device).convert_to(DTYPES[dtype])
         self.identity = {"weights": f"sha256:{digest}", "resize": resize, "dtype": dtype}
 
     def __call__(self, images):
@@ -142,7 +147,8 @@ class InceptionExtractor:
             )
 
 
-OPTIONS = {"resize": "tf1", "dtype": "float32", "allow_other_weights": False}  # of Inception alone, and their defaults
+OPTIONS = {"resize": "tf1", "dtype": "float32", "allow_other_weights": False}  # the defaults; only dtype is not of
+# Inception alone, but of classifiers too
 
 
 class ClassifierExtractor:
@@ -150,16 +156,23 @@ class ClassifierExtractor:
 
     Scores by its features compare only with scores by the same file. Images must have the size and the channels the
     classifier was trained on (ValueError otherwise).
+
+    :param dtype: of the convolutions and of attention, "float32", "bfloat16" or "float16".
     """
 
     at_once = 64
 
-    def __init__(self, path, device="cpu"):
+    def __init__(self, path, device="cpu", dtype="float32"):
+        if dtype == "float64":
+            raise ValueError("dtype float64 is for 'inception' alone: classifiers take float32, bfloat16 or float16")
         self.name = str(path)
         self.device = torch.device(device)
         self.classifier, flags = door.open_classifier(path, device)
         self.channels, self.size = flags["image_channels"], door.size_of(flags)
         self.identity = {"name": "classifier at t = 0", "weights": f"sha256:{door.sha256(path)}"}
+        if dtype != "float32":  # unsaid if it is, so that what was kept before there was a choice is found
+            self.classifier.convert_to(DTYPES[dtype])
+            self.identity["dtype"] = dtype
         self.dim = self(np.zeros((1, *self.size, self.channels), np.uint8)).pool.shape[1]
 
     def __call__(self, images):

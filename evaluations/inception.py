@@ -125,25 +125,47 @@ class Inception(nn.Module):
         self.fc = nn.Linear(channels, 1008)
         self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
+    @property
+    def dtype(self):
+        """The dtype that the convolutions compute in."""
+        return self.Conv2d_1a_3x3.conv.weight.dtype
+
+    def convert_to(self, dtype):
+        """
+        Compute in a dtype. Of 16 bits, it is that of the convolutions and of what passes between them; the norms'
+        parameters, the means and the last layer stay float32. Returns the network.
+        """
+        if dtype.itemsize > 2:
+            return self.to(dtype)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype)
+        return self
+
     def _keep_spatial(self, module, inputs, output):
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)   # [N,17*17*7]
 
     def forward(self, x):
         layers = {}
-        x = (x - 128) / 128                                                           # [N,3,299,299]
+        x = ((x - 128) / 128).to(self.dtype)                                          # [N,3,299,299]
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # [N,64,147,147]
         x = POOLINGS["maximum/2"](x)
-        layers["64"] = x.mean((2, 3))
+        layers["64"] = _mean(x)
         x = POOLINGS["maximum/2"](self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))          # [N,192,35,35]
-        layers["192"] = x.mean((2, 3))
+        layers["192"] = _mean(x)
         for name in BLOCKS:
             x = getattr(self, name)(x)
             if name == "Mixed_6e":
-                layers["768"] = x.mean((2, 3))
-        layers["2048"] = x = x.mean((2, 3))
+                layers["768"] = _mean(x)
+        layers["2048"] = x = _mean(x)
         layers["logits_unbiased"] = x @ self.fc.weight.T
         layers["logits"] = layers["logits_unbiased"] + self.fc.bias
         return layers | {"spatial": self._spatial}
+
+
+def _mean(x):
+    """The mean over positions, summed in float32 at least: [N,C,H,W] -> [N,C]."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).mean((2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------- resize

@@ -6,21 +6,32 @@ FILE is an npz, a folder or a zip. Nothing is computed by a network and nothing 
 """
 
 import argparse
+
+from evaluations import door
+
+
+def parse(argv=None):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", metavar="FILE", nargs="+", help="npz, folder or zip")
+    return parser.parse_args(argv)
+
+
+door.help_first(__name__, parse)  # before what takes seconds to import
+
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from evaluations import door, inception, reference_files, sources
+from evaluations import inception, reference_files, sources
 
 WIDTHS = {"mu": 2048, "mu_s": inception.SPATIAL_CHANNELS * 17**2}
 
 
 def main(argv=None):
     """The program. Returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", metavar="FILE", nargs="+", help="npz, folder or zip")
-    args = parser.parse_args(argv)
+    args = parse(argv)
 
     def show():
         for file in args.files:

@@ -9,21 +9,8 @@ images only. Several processes (torchrun, mpiexec, srun) share the work.
 """
 
 import argparse
-import functools
-import json
-import sys
-from pathlib import Path
 
-import numpy as np
-
-from evaluations import collect, door, evaluator, reference_files, sources
-from evaluations.features import identity_of
-from evaluations.moments import Moments
-
-
-def main(argv=None):
-    """The program. Returns its exit code."""
-    return evaluator.guarded(run, parse(argv))
+from evaluations import door, options
 
 
 def parse(argv=None):
@@ -37,8 +24,27 @@ def parse(argv=None):
     parser.add_argument("--keep", type=int, default=10000, help="images to keep for precision and recall, 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="seed of their choice")
     parser.add_argument("--save_every", type=int, default=10000, help="images after which what is done is saved")
-    evaluator.add_extractor_options(parser)
+    options.add_extractor_options(parser)
     return parser.parse_args(argv)
+
+
+door.help_first(__name__, parse)  # before what takes seconds to import
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from evaluations import collect, evaluator, reference_files, sources
+from evaluations.features import identity_of
+from evaluations.moments import Moments
+
+
+def main(argv=None):
+    """The program. Returns its exit code."""
+    return evaluator.guarded(run, parse(argv))
 
 
 def run(args):

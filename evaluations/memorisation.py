@@ -8,6 +8,26 @@ would by chance.
 """
 
 import argparse
+
+from evaluations import door, options
+
+
+def parse(argv=None):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(
+        description="Nearest training images of samples, copies and repetitions, on a page with pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("training", metavar="TRAINING.npz", help="images that the model was trained on")
+    parser.add_argument("sample", metavar="SAMPLE.npz", help="images to look at")
+    parser.add_argument("--held_out", metavar="REAL.npz", help="real images of no training, for comparison")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for page, json and features")
+    options.add_extractor_options(parser)
+    return parser.parse_args(argv)
+
+
+door.help_first(__name__, parse)  # before what takes seconds to import
+
 import functools
 import sys
 from pathlib import Path
@@ -15,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluations import door, errors, evaluator, gallery, influence, intervals, pages, report, sources
+from evaluations import errors, evaluator, gallery, influence, intervals, pages, report, sources
 from evaluations.cache import Cache
 from evaluations.collect import collect
 from evaluations.features import identity_of
@@ -41,16 +61,7 @@ class Neighbours(NamedTuple):
 
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input."""
-    parser = argparse.ArgumentParser(
-        description="Nearest training images of samples, copies and repetitions, on a page with pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("training", metavar="TRAINING.npz", help="images that the model was trained on")
-    parser.add_argument("sample", metavar="SAMPLE.npz", help="images to look at")
-    parser.add_argument("--held_out", metavar="REAL.npz", help="real images of no training, for comparison")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for page, json and features")
-    evaluator.add_extractor_options(parser)
-    return door.exit_code(lambda: run(parser.parse_args(argv)))
+    return door.exit_code(lambda: run(parse(argv)))
 
 
 def run(args):

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from evaluations.door import Ranks
+from evaluations.options import DISTANCES as DISTANCES
+from evaluations.options import check_distances
 
-DISTANCES = ("float32", "float64", "float16")
 ROWS, COLUMNS = 1024, 8192  # of a block
 SPARE = 6  # neighbours kept beyond those asked for, since the bounds may be in another order than the distances
 PAIRS = 1024  # settled at once
@@ -38,8 +39,7 @@ class Rule(NamedTuple):
 
 def rule_of(name, width, device="cpu"):
     """The Rule of a name in DISTANCES for features of that width. A dot product of D terms errs by D u |u||v|."""
-    if name not in DISTANCES:
-        raise ValueError(f"distances are {name!r}; choose one of {', '.join(DISTANCES)}")
+    check_distances(name)
     dtype = torch.float64 if name == "float64" else torch.float32
     slack = 0.0 if name == "float16" else (width / 2 + 8) * torch.finfo(dtype).eps
     return Rule(name, dtype, slack, str(device))

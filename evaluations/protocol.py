@@ -2,41 +2,15 @@
 
 import hashlib
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import scipy
 import torch
 
-from evaluations import features, neighbours, sources
+from evaluations import features, sources
 
 VERSION = 1  # of the meaning of the numbers: changes when a score of the same input would
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The switches of the metrics; the defaults are the published protocol.
-
-    k: neighbours of precision and recall; density_k: of density and coverage; distances: see `neighbours.DISTANCES`;
-    split_size, splits, shuffle: of the inception score, see `metrics.inception_score`.
-    """
-
-    k: int = 3
-    density_k: int = 5
-    distances: str = "float32"
-    split_size: int = 5000
-    splits: int | None = None
-    shuffle: int | None = None
-
-    def __post_init__(self):
-        for name in ("k", "density_k", "split_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.splits is not None and self.splits < 1:
-            raise ValueError(f"splits is {self.splits}: it must be at least 1")
-        if self.shuffle is not None and not 0 <= self.shuffle < 2**32:
-            raise ValueError(f"shuffle is {self.shuffle}: it is a seed, a whole number from 0")
-        neighbours.rule_of(self.distances, 1)
 
 
 def protocol(extractor, settings, reference_hash, counts, stored):

@@ -6,13 +6,30 @@ writes FOLDER/report.html, which needs no other file, and FOLDER/report.md with 
 """
 
 import argparse
+
+from evaluations import door
+
+
+def parse(argv=None):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(
+        description="A page about results of the evaluator.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("scores", nargs="+", metavar="SCORES.json", help="what the evaluator wrote with --out")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the page, made if it is not there")
+    parser.add_argument("--title", default="Scores", help="heading of the page")
+    return parser.parse_args(argv)
+
+
+door.help_first(__name__, parse)  # before what takes seconds to import
+
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from evaluations import door, evaluator, gallery, pages, sources, tables
+from evaluations import evaluator, gallery, pages, sources, tables
 from evaluations.compare import BETTER, parts_of, read
 
 SHOWN = 64  # images in a grid
@@ -22,13 +39,7 @@ SETTINGS = ("sampler", "steps", "scale", "ema")  # of a run that a sweep made, w
 
 def main(argv=None):
     """The program. Returns its exit code: 0, or 2 after one line on stderr about bad input."""
-    parser = argparse.ArgumentParser(
-        description="A page about results of the evaluator.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("scores", nargs="+", metavar="SCORES.json", help="what the evaluator wrote with --out")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the page, made if it is not there")
-    parser.add_argument("--title", default="Scores", help="heading of the page")
-    return door.exit_code(lambda: run(parser.parse_args(argv)))
+    return door.exit_code(lambda: run(parse(argv)))
 
 
 def run(args):

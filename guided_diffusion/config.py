@@ -378,8 +378,13 @@ class _Training:
     )
     compile: bool = option(
         False,
-        "run the networks' blocks through torch.compile: the same numbers but for rounding, faster on a GPU, after"
-        " minutes of compiling; each other batch size is compiled anew",
+        "run the networks' blocks through torch.compile, after minutes of compiling, each other batch size anew: the"
+        " same numbers but for rounding; meant for GPUs, a CPU gains next to nothing",
+    )
+    channels_last: bool = option(
+        False,
+        "compute with the channels of a position side by side in memory, for the 16-bit convolutions of GPUs: the same"
+        " numbers but for rounding, and the same files; a CPU gains next to nothing, or loses",
     )
     max_bad_steps: int = option(100, "stop after this many updates in a row whose loss or gradient is not finite")
     num_workers: int = option(1, "processes that load images; 0: the training process itself")
@@ -565,6 +570,7 @@ class _Sampling:
         " features staying as they are (DeepCache): faster, and not the same images (docs/speed.md); 1: always whole",
     )
     compile: bool = changed(_Training, "compile", False)
+    channels_last: bool = changed(_Training, "channels_last", False)
     reuse_depth: int = option(1, "how many blocks at either end of the network are run at each step by --reuse_every")
 
 
@@ -931,9 +937,14 @@ def answer_help(module, description, *groups, positional=None):
     Where a module named `module` is the program that runs, and --help was typed: answer it and end the process. For
     programs to call before they import what takes seconds. Of a command line with an error, `parse` tells in its turn.
     """
+    with contextlib.suppress(ValueError):
+        help_first(module, lambda: parse(description, *groups, positional=positional))
+
+
+def help_first(module, parse):
+    """`answer_help` for programs with an argparse parser of their own: parse() is what reads their command line."""
     if module == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
-        with contextlib.suppress(ValueError):
-            parse(description, *groups, positional=positional)
+        parse()
 
 
 def from_preset(typed, known):

@@ -13,7 +13,7 @@ import torch
 
 from . import checkpoint, config, published, recognition
 from . import diffusers_format as theirs
-from .identify import GROUPS, identify
+from .identify import GROUPS, TOLD_GROUPS, identify
 from .script_util import build
 
 
@@ -26,13 +26,14 @@ class Model(NamedTuple):
     more: dict
 
 
-def convert(source, target, explicit=None):
+def convert(source, target, explicit=None, build=build):
     """
     Write the checkpoint `source` as `target`.
 
     :param source: a file, as for `script_util.open_diffusion`, or a folder of diffusers.
     :param target: NAME.pt, NAME.safetensors, or a new folder for diffusers.
     :param explicit: {name: value} of flags that the source does not tell, `preset` among them.
+    :param build: `(kind, flags) -> network`, for kinds that `script_util.build` does not know.
     :return: the Model that was written.
     :raises ValueError: if the source does not tell or is not what it should be, or if the target's form cannot hold it.
     :raises FileExistsError: if there is a target already.
@@ -40,7 +41,7 @@ def convert(source, target, explicit=None):
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists: give another name, or delete it")
-    model = read(source, explicit or {})
+    model = read(source, explicit or {}, build)
     checkpoint.check_writable(target.parent)
     writers = {".pt": write_pt, ".safetensors": write_safetensors, "": write_diffusers}
     if target.suffix not in writers:
@@ -49,21 +50,23 @@ def convert(source, target, explicit=None):
     return model
 
 
-def read(source, explicit):
+def read(source, explicit, build=build):
     """The Model of a file or of a folder of diffusers; as `convert`."""
     if os.path.isdir(source):
         return read_diffusers(Path(source), explicit)
     path = published.locate(source)
     state = checkpoint.load(path)
-    kind = recognition.infer_flags(state, image_channels=explicit.get("image_channels"), path=path)["kind"]
-    content = checkpoint.read_config(path) or {"kind": kind}
-    kind = content["kind"]
+    content = checkpoint.read_config(path) or {}
+    kind = content.get("kind")
+    if kind not in TOLD_GROUPS:  # tensors tell of all others, and whether the file is any of ours
+        inferred = recognition.infer_flags(state, image_channels=explicit.get("image_channels"), path=path)
+        kind = kind or inferred["kind"]
     flags = identify(path, kind, state, explicit, explicit.get("preset", ""))
     more = {name: value for name, value in content.items() if name not in ("format", "kind", "flags")}
-    return Model(kind, flags, _checked(path, kind, flags, state), more)
+    return Model(kind, flags, _checked(path, kind, flags, state, build), more)
 
 
-def _checked(path, kind, flags, state):
+def _checked(path, kind, flags, state, build=build):
     """The state dict in the network's order, once it is known to fit."""
     with torch.device("meta"):
         network = build(kind, flags)

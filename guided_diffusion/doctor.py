@@ -3,6 +3,12 @@ Say what a training run will find here: launcher, devices, attention kernels, pr
 for a network, the memory that it takes, a microbatch that fits, and whether the data or the training is the slower.
 """
 
+from . import config
+from .config import ClassifierOptions, DiffusionOptions, DoctorOptions, ModelOptions, RunOptions, TrainOptions
+
+OPTIONS = DoctorOptions, TrainOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions
+config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
+
 import contextlib
 import os
 import platform
@@ -18,8 +24,7 @@ import torch as th
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint, config, dist_util, logger, memory, program, runs
-from .config import ClassifierOptions, DiffusionOptions, DoctorOptions, ModelOptions, RunOptions, TrainOptions
+from . import checkpoint, dist_util, logger, memory, program, runs
 from .fp16_util import PRECISIONS
 from .pace import convolution_rate, paced
 from .rehearsal import Step, labelled
@@ -39,8 +44,7 @@ NOT_OF_A_NETWORK = {"device", "log_dir", "seed", "write"}  # without any other f
 
 
 def main():
-    groups = DoctorOptions, TrainOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions
-    args = config.parse(__doc__, *groups)
+    args = config.parse(__doc__, *OPTIONS)
     if args.write and not args.log_dir:
         raise ValueError("--write True needs --log_dir, the folder of the run that shall find doctor.json")
     if args.batch_size < 1:

@@ -10,6 +10,7 @@ import torch as th
 from . import logger, sharding
 from .nn import convert_module_to_f16 as convert_module_to_f16  # the original's place
 from .nn import convert_module_to_f32 as convert_module_to_f32
+from .nn import laid_out
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 PRECISIONS = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
@@ -141,25 +142,35 @@ class MixedPrecisionTrainer:
 
     def master_params_to_state_dict(self, master_params):
         """
-        A float32 state dict of the model in which `master_params` stand for its parameters (EMA weights do too). Of a
-        sharded model it is whole on rank 0; collective then, as the three below are.
+        A float32 state dict of the model in which `master_params` stand for its parameters (EMA weights do too), all
+        of it contiguous. Of a sharded model it is whole on rank 0; collective then, as the three below are.
         """
         state = {name: value.float() for name, value in self.model.state_dict().items()}
         named = zip(self.names, master_params, self.model_params)
-        return {**state, **{name: sharding.whole(m.detach(), p) for name, m, p in named}}
+        state |= {name: sharding.whole(m.detach(), p) for name, m, p in named}
+        return {name: _plain(value) for name, value in state.items()}
 
     def state_dict_to_master_params(self, state_dict):
         """The inverse: a list of parameters in the order of `master_params`."""
         named = zip(self.names, self.master_params, self.model_params)
-        return [th.nn.Parameter(sharding.part_of(state_dict[name], p).to(m)) for name, m, p in named]
+        return [th.nn.Parameter(laid_out(sharding.part_of(state_dict[name], p).to(m), m)) for name, m, p in named]
 
     def optimizer_to_state_dict(self, opt):
         """The state of an optimizer of the master weights, one entry a parameter, as it is without sharding."""
-        return sharding.moments(sharding.whole, opt.state_dict(), self.model_params)
+        return sharding.moments(lambda *each: _plain(sharding.whole(*each)), opt.state_dict(), self.model_params)
 
     def load_optimizer(self, opt, state_dict):
         """The inverse. Raises ValueError or KeyError if it does not fit."""
-        opt.load_state_dict(sharding.moments(sharding.part_of, state_dict, self.model_params))
+
+        def fitted(value, like):  # fused steps take a moment for laid out as its parameter is
+            return laid_out(sharding.part_of(value, like), like)
+
+        opt.load_state_dict(sharding.moments(fitted, state_dict, self.model_params))
+
+
+def _plain(tensor):
+    """A tensor laid out as usual, for a file; None, of the ranks that hold no whole one, as it is."""
+    return None if tensor is None else tensor.contiguous()
 
 
 @th.no_grad()

@@ -18,6 +18,16 @@ class UsageError(ValueError, AssertionError):
     """Wrong arguments, where the original code asserted: callers may catch either of its two bases."""
 
 
+def is_channels_last(x):
+    """Whether a tensor [N,C,H,W] has the channels of a position side by side, and is not contiguous as well."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def laid_out(tensor, like):
+    """A tensor of the shape of another, laid out in memory as that one is."""
+    return tensor.contiguous(memory_format=torch.channels_last) if is_channels_last(like) else tensor
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group norm computed in float32 whatever the input's dtype; the result has the input's dtype."""
 
@@ -28,9 +38,13 @@ class GroupNorm32(nn.GroupNorm):
         The two join the norm's own weight and bias, with the samples side by side as so many more channels: one pass
         over x instead of three, and nothing in between to keep for the backward pass.
         """
+        by_moments = x.device.type != "cpu" and is_channels_last(x)  # the kernel of a GPU would turn the layout
         if scale is None:
-            return super().forward(x.float()).type(x.dtype)
+            h = self._by_moments(x, self.weight, self.bias) if by_moments else super().forward(x.float())
+            return h.type(x.dtype)
         gain, offset = self.weight * (1 + scale), self.bias * (1 + scale) + shift       # [N,C], [N,C]
+        if by_moments:
+            return self._by_moments(x, gain, offset).type(x.dtype)
         if not x.is_contiguous():  # channels last: side by side they would have to be copied
             h = nn.functional.group_norm(x.float(), self.num_groups, eps=self.eps)
             gain, offset = (t[(...,) + (None,) * (x.dim() - 2)] for t in (gain, offset))
@@ -38,6 +52,16 @@ class GroupNorm32(nn.GroupNorm):
         flat = x.float().view(1, -1, *x.shape[2:])                                      # [1,N*C,...]
         h = nn.functional.group_norm(flat, len(x) * self.num_groups, gain.flatten(), offset.flatten(), self.eps)
         return h.view(x.shape).type(x.dtype)
+
+    def _by_moments(self, x, gain, offset):
+        """The norm of x [N,C,H,W] times gain [C] or [N,C] plus offset likewise, float32, laid out as x is."""
+        x = x.float()
+        grouped = (self.num_groups, -1)
+        var, mean = torch.var_mean(x.unflatten(1, grouped), dim=(2, 3, 4), correction=0)  # [N,groups], [N,groups]
+        gain = gain.unflatten(-1, grouped) * (var + self.eps).rsqrt()[..., None]          # [N,groups,C/groups]
+        offset = offset.unflatten(-1, grouped) - gain * mean[..., None]
+        gain, offset = (t.flatten(1)[..., None, None] for t in (gain, offset))            # [N,C,1,1]
+        return torch.addcmul(offset, x, gain)
 
 
 def _for_dims(table, dims):

@@ -13,6 +13,7 @@ import torch
 
 BACKGROUND = (250, 250, 248)
 INK = (40, 40, 45)
+LONGEST_LABEL = 80  # letters beside a row
 # Okabe and Ito's colours, which stay apart for colour-blind readers, darkest first.
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
@@ -206,11 +207,11 @@ def _label_rows(panel, labels, gap, high):
     """Left of each row, at half its height; the rows stand at the bottom of the panel."""
     if not labels:
         return panel
-    font = _font(_text_size(high))
-    margin = _width(font, *map(str, labels)) + 2 * gap
+    font, labels = _font(_text_size(high)), [_one_line(str(label)) for label in labels]
+    margin = _width(font, *labels) + 2 * gap
     picture, draw = _extend(panel, left=margin)
     first = panel.height - len(labels) * (high + gap)
-    for row, label in enumerate(map(str, labels)):
+    for row, label in enumerate(labels):
         y = first + row * (high + gap) + (high - _line_height(font)) / 2
         draw.text((margin - gap - _width(font, label), y), label, INK, font)
     return picture
@@ -258,6 +259,12 @@ def _width(font, *texts):
 
 def _line_height(font):
     return font.getbbox("Ag")[3] + 3
+
+
+def _one_line(text):
+    """A text without breaks, which would be drawn over the next row, and not so long that it dwarfs the tiles."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 3]}..."
 
 
 def _wrap(text, font, width):

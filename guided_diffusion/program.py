@@ -15,6 +15,7 @@ from .fp16_util import PRECISIONS
 from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
+from .layouts import to_channels_last
 from .pace import convolution_rate
 from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
@@ -252,7 +253,7 @@ def loop_options(args, flags):
     """What the training loop takes from the options of every training program; `flags` are those of the network."""
     names = "batch_size microbatch lr weight_decay beta2 iterations log_interval save_interval resume_checkpoint"
     names += " grad_clip max_bad_steps seed lr_schedule lr_min lr_warmup eval_interval keep_last keep_every keep_best"
-    names += " background_save max_minutes sharding compile"
+    names += " background_save max_minutes sharding compile channels_last"
     options = {name: getattr(args, name) for name in names.split()}
     options |= {"progress": True, "flags": flags, "folder": args.checkpoint_dir or None}
     if args.microbatch == -1:
@@ -426,7 +427,11 @@ def hastened(args, model):
 
 
 def compiled(args, net):
-    """A network, its blocks compiled where --compile says so. Raises ValueError if that cannot be."""
+    """
+    A network, with channels last where --channels_last says so, and its blocks compiled where --compile does. Raises
+    ValueError if that cannot be.
+    """
+    net = to_channels_last(net, logger.log) if args.channels_last else net
     return compile_blocks(net) if args.compile else net
 
 

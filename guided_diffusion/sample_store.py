@@ -21,7 +21,8 @@ from .generate import in_batches
 
 KINDS = ("npz", "png", "zip")
 # Options that change nothing of a sample; the files that others name count by content.
-PASSING = {"log_dir", "log_formats", "device", "grid", "save_as", "frames", "batch_size", "num_samples", "compile"}
+PASSING = {"log_dir", "log_formats", "device", "grid", "save_as", "frames", "batch_size", "num_samples", "compile",
+           "channels_last"}
 PASSING |= {"evaluate", "extractor", "weights", "save_samples"}  # who looks at them
 BLOCK_BYTES = 1 << 20
 

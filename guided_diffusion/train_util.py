@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, ema, health, logger, recognition, saves
+from . import checkpoint, dist_util, ema, health, layouts, logger, recognition, saves
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename  # the original's place
 from .compiling import compile_blocks
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm, make_adamw
@@ -59,6 +59,7 @@ class Trainer:
     :param progress: show a progress bar.
     :param sharding: "none": each of several processes holds the whole network; "fsdp": a part of it, see `sharding`.
     :param compile: have the network's blocks compiled, see `compiling`; not with sharding.
+    :param channels_last: have it compute in that layout, see `layouts`; not with sharding.
     :param drop: `(cond, rng) -> cond`, which may replace conditions of a training batch by null ones, as
         `guidance.dropped` does; rng is the step's numpy generator. Validation drops nothing.
     :param flags: {name: value} that built the network, for the error of a checkpoint that does not fit it.
@@ -103,6 +104,7 @@ class Trainer:
         progress=False,
         sharding="none",
         compile=False,
+        channels_last=False,
         drop=None,
         watchers=(),
         flags=None,
@@ -117,6 +119,8 @@ class Trainer:
             raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
         if compile and sharding != "none":
             raise ValueError(f"--compile True is for whole networks: not with --sharding {sharding}")
+        if channels_last and sharding != "none":
+            raise ValueError(f"--channels_last True is for whole networks: not with --sharding {sharding}")
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
         if keep_best and val_data is None:
@@ -147,6 +151,8 @@ class Trainer:
         dist_util.sync_params(task.net.parameters())
         if sharding == "fsdp" and dist_util.world_size() > 1:
             shard(task.net)
+        if channels_last:
+            layouts.to_channels_last(task.net, logger.log)
         self.mp_trainer = MixedPrecisionTrainer(
             model=task.net,
             precision=precision,

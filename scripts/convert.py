@@ -20,12 +20,13 @@ OPTIONS = ConvertOptions, ModelOptions, SuperResOptions, ClassifierOptions, Diff
 config.answer_help(__name__, __doc__, *OPTIONS, positional=POSITIONAL)  # before what takes seconds to import
 
 from guided_diffusion import convert, program
+from guided_diffusion.text_to_image import models
 
 
 def main():
     args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     program.alone()
-    model = convert.convert(args.source, args.target, config.explicit_flags(args))
+    model = convert.convert(args.source, args.target, config.explicit_flags(args), models.build)
     print(f"{args.target}: a {model.kind} network of {sum(t.numel() for t in model.state.values()):,} numbers")
 
 

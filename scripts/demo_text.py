@@ -60,7 +60,7 @@ WORDS = "zero one two three four five six seven eight nine".split()
 IMAGES = "--image_size 8 --image_channels 1".split()
 TRAINING = "--random_flip False --num_workers 0 --log_interval 100 --grad_clip 1 --lr 1e-3 --lr_schedule cosine".split()
 CLIP = (
-    "--clip_size 64 --patch_size 2 --image_width 128 --image_layers 2 --image_heads 4 --text_width 64 --text_layers 2"
+    "--clip_size 64 --patch_size 2 --image_width 128 --image_layers 3 --image_heads 4 --text_width 64 --text_layers 2"
     " --text_heads 4 --context_length 32 --dropout 0.1 --crop_padding 1 --random_crop True --batch_size 128"
     " --lr_warmup 50 --weight_decay 0.05 --ema_rate 0.99"
 ).split()

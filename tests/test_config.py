@@ -68,7 +68,7 @@ MORE_TRAINING = {
     "label_from": "auto", "background": "white", "resume": "auto", "force": False, "lr_schedule": "linear",
     "lr_warmup": 0, "lr_min": 0.0, "keep_last": 0,
     "keep_every": 0, "keep_best": False, "background_save": True, "max_minutes": 0.0, "beta2": 0.999,
-    "checkpoint_dir": "", "sharding": "none", "compile": False,
+    "checkpoint_dir": "", "sharding": "none", "compile": False, "channels_last": False,
 }
 MORE_AVERAGES = {
     "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",
@@ -81,7 +81,7 @@ MORE_SAMPLING = {
     "guidance_scale": 1.0, "guidance_batched": True, "guidance_rescale": 0.0,
     "guide_path": "", "guidance_interval": "", "prompts": (), "prompt_vectors": "",
     "guidance_projected": 1.0, "dynamic_threshold": 0.0, "sampler_options": "", "brownian": False,
-    "reuse_every": 1, "reuse_depth": 1, "compile": False,
+    "reuse_every": 1, "reuse_depth": 1, "compile": False, "channels_last": False,
 }
 MORE_STEERING = {
     "classifier_scale_end": "", "classifier_marginal": 1.0, "classifier_normalize": 0.0, "classifier_interval": "",

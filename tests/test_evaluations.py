@@ -294,7 +294,7 @@ def test_make_extractor_says_what_there_is(classifier_file):
         features.make_extractor("nothing")
     with pytest.raises(ValueError, match="weights belong to the extractor 'inception'"):
         features.make_extractor(classifier_file, weights="inception.pth")
-    with pytest.raises(ValueError, match="resize, dtype, allow_other_weights belong to the extractor 'inception'"):
+    with pytest.raises(ValueError, match="resize, allow_other_weights belong to the extractor 'inception'"):
         features.make_extractor(classifier_file, resize="bicubic")
     with pytest.raises(ValueError, match="4 images in batches of 0"):
         features.extract(None, np.zeros((4, 8, 8, 3), np.uint8), batch_size=0)

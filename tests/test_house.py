@@ -23,7 +23,7 @@ MATHEMATICS = [
     "gaussian_diffusion inverse likelihood",
     "respace toy sigma",
 ]
-NETWORKS = ["nn", "conditions", "unet film_unet", "reuse compiling"]
+NETWORKS = ["nn", "conditions", "unet film_unet", "reuse compiling layouts"]
 MACHINERY = [
     "toy_models arrays presets tensor_files signals pace decoding byte_formats labels",
     "archives",

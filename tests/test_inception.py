@@ -205,8 +205,8 @@ def test_the_other_resizes_are_what_they_are_named_after(size):
 def test_options_that_are_none(inception_file):
     with pytest.raises(ValueError, match="resize is 'lanczos'; choose one of tf1, half_pixel, antialias, bicubic"):
         features.InceptionExtractor(inception_file, resize="lanczos", allow_other_weights=True)
-    with pytest.raises(ValueError, match="dtype is 'float16'; choose one of float32, float64"):
-        features.InceptionExtractor(inception_file, dtype="float16", allow_other_weights=True)
+    with pytest.raises(ValueError, match="dtype is 'half'; choose one of float32, float64, bfloat16, float16"):
+        features.InceptionExtractor(inception_file, dtype="half", allow_other_weights=True)
 
 
 # ------------------------------------------------------------------------------------------- the file of its weights

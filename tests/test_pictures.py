@@ -108,6 +108,14 @@ def test_labels_stand_at_their_rows_and_columns():
         assert abs(centre_of_ink(1, column_labels=labels) - (4 + column * 52 + 24)) < 2
 
 
+def test_labels_of_rows_are_one_short_line():
+    images = noise(2, 8, 8, 1)
+    broken, whole = (np.array(grid(images, 1, row_labels=[text, "b"])) for text in ("a \n\t text\n", "a text"))
+    assert np.array_equal(broken, whole)
+    sizes = {grid(images, 1, row_labels=["m" * count, "b"]).width for count in (500, 5000)}
+    assert len(sizes) == 1 and sizes.pop() < 2000
+
+
 def test_column_labels_shrink_before_their_words_break():
     images = noise(3, 8, 8, 1)
     margin = grid(images, 3, column_labels=["classifier", "a", "b"]).height - grid(images, 3).height

@@ -60,7 +60,7 @@ SIGNATURES = {
     + MODEL_AND_DIFFUSION.replace("image_size", "large_size, small_size")
     .replace(" channel_mult,", "")
     .replace(", use_new_attention_order", "")
-    + ", image_channels=3, num_classes=1000, channel_mult='', class_dropout=0.0, use_new_attention_order=False,"
+    + ", image_channels=3, num_classes=1000, channel_mult='', use_new_attention_order=False, class_dropout=0.0,"
     + " conv_resample=True, checkpoint_levels=0, residual_rescale=False,"
     + f"{MORE_PROCESS})",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch as th
 
-from guided_diffusion import guidance, sampling, solvers
+from guided_diffusion import guidance, logger, sampling, solvers
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -18,6 +18,7 @@ import pairs  # noqa: E402
 import plain  # noqa: E402
 import plain_steps  # noqa: E402
 import quality  # noqa: E402
+import records  # noqa: E402
 import speed  # noqa: E402
 import timing  # noqa: E402
 
@@ -96,7 +97,7 @@ def test_a_plain_step_with_learned_variances_and_guidance_without_a_classifier_i
 
 def test_plain_updates_are_ours():
     module = th.nn.ParameterList(th.nn.Parameter(th.randn(n, 3)) for n in (1, 5))
-    works = pairs.updates(module)
+    works = pairs.updates(module)[""]
     for _ in range(3):
         averages = works["plain"](), works["ours"]()
     close(*averages, 1e-6)
@@ -114,16 +115,17 @@ def at_least(least, works):
     assert ratio(works) >= least or ratio(works) >= least
 
 
-def test_ours_is_faster_than_the_plain_form_where_attention_is_heavy():
+def test_ours_is_faster_than_the_plain_form_where_attention_is_heavy(tmp_path):
     flags = pairs.NETWORKS["attention-heavy"][0] | {"num_res_blocks": 1}
     net, process = pairs.diffusion_of(flags)
     at_least(1.3, pairs.evaluations(net, plain.plain_of(net), pairs.batch_of(flags, 1)))
-    at_least(1.5, pairs.trainings(net, process, flags, 1))
+    with logger.scoped_configure(tmp_path, format_strs=[]):
+        at_least(1.5, pairs.trainings(net, process, flags, 1))
 
 
 def test_ours_updates_faster_than_loops():
     module = th.nn.ParameterList(th.nn.Parameter(th.randn(32, 32)) for _ in range(300))
-    at_least(1.5, pairs.updates(module))
+    at_least(1.5, pairs.updates(module)[""])
 
 
 # ----------------------------------------------------------------------------------------------------- the measuring
@@ -214,3 +216,10 @@ def test_the_answer_is_the_fastest_that_is_not_worse():
     rows = [row(1, 0), row(9, -0.01), row(12, -0.001), row(20, 0.004), row(30, -0.2, error=0.1)]
     assert quality.best(rows, 0.02) is rows[2]
     assert quality.best(rows[:1], 0.02) is None
+
+
+def test_the_page_on_speed_has_the_recorded_numbers():
+    content = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
+    page = (ROOT / "docs" / "speed.md").read_text().splitlines()
+    for section, lines in records.lines(content).items():
+        assert lines and set(lines) <= set(page), f"{section}: write what `python benchmarks/records.py` prints"

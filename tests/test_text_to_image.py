@@ -138,9 +138,11 @@ def test_m3_22_specials_are_no_characters_and_lone_surrogates_no_error():
 
 
 def test_a_blank_text_is_padding_alone():
-    for blank in ("", "  \n\t", "\x00", "\u3000"):
+    for blank in ("", "  \n\t", "\x00", "\u3000", " \x02\x03"):
         ids, mask = tokenizer.tokenize([blank, "a"])
         assert not ids[0].any() and not mask[0].any() and mask[1].sum() == 3
+        told = tasks.Captions(tiny_clip(), [blank, "a"]).table
+        assert told["token_mask"].any(1).tolist() == [False, True] and not told["vector"][0].any()
     assert tokenizer.decode(ids) == ["", "a"]
 
 
@@ -173,6 +175,10 @@ def test_m3_11_a_perfect_clip_loses_nothing_where_captions_repeat():
     same = captions[:, None] == captions
     loss, right = clips.contrast(space, space, 100.0, same)
     assert loss.abs().max() < 1e-6 and right.all()
+    a, b = F.normalize(th.randn(2, 6, 5), dim=-1)
+    target, logits = same / same.sum(1, keepdim=True), 9 * a @ b.T
+    parts = [F.kl_div(each.log_softmax(1), target, reduction="none").sum(1) for each in (logits, logits.T)]
+    assert th.allclose(clips.contrast(a, b, 9.0, same)[0], sum(parts) / 2, atol=1e-5)
     _, right = clips.contrast(space, space.roll(1, 0), 100.0, same)
     assert right.tolist() == [0, 0, 0, 0, 0, 0]  # each image is nearest to the caption before it
 
@@ -207,6 +213,10 @@ def test_m3_14_clip_does_not_read_padding():
     other = th.where(mask, ids, 77)
     a, b = clip.text(ids, mask), clip.text(other, mask)
     assert th.equal(a[mask], b[mask]) and not th.equal(a[~mask], b[~mask])
+    emb, features, its_mask = clip.text_encode(["ab", "abcdefghij"])
+    assert th.equal(features, a) and th.equal(its_mask, mask)
+    at_end = th.stack([a[0, 3], a[1, 11]])  # of the end token
+    assert th.allclose(emb, F.normalize(clip.text_proj(at_end), dim=-1), atol=1e-6)
     both, one = clip.text_embed(["ab", "abcdefghij"]), clip.text_embed(["ab"])
     assert th.allclose(both[:1], one, atol=1e-6) and th.equal(clip.text_embed("ab"), one)
     assert not th.allclose(both[0], both[1], atol=1e-2)
@@ -296,6 +306,7 @@ def test_m3_09_the_prediction_depends_on_all_that_counts_and_on_no_padding():
         value.requires_grad_(False)
         felt = grad.abs().sum(-1) > 0
         assert th.equal(felt, cond["token_mask"] if name == "tokens" else th.ones(3, dtype=th.bool)), name
+    assert th.autograd.grad(net(x, t, **cond).sum(), net.query)[0].abs().sum() > 0  # what the prediction stands at
     swapped = cond["tokens"][:1, [1, 0, 2, 3, 4]]
     assert not th.allclose(net(x[:1], t[:1], **{n: v[:1] for n, v in cond.items()} | {"tokens": swapped}), out[:1])
 
@@ -658,9 +669,11 @@ def test_m3_08_guidance_of_the_prior_is_affine_in_its_scale():
 
 def test_m3_08_guidance_of_the_decoder_is_affine_in_its_scale():
     decoder, clip = tiny_decoder(), tiny_clip()
-    given, null = pipeline.conditions(decoder, pipeline.TextEmbeddings(clip, PROMPTS), PROMPTS)
+    embeddings = pipeline.TextEmbeddings(clip, PROMPTS)
+    given, null = pipeline.conditions(decoder, embeddings, PROMPTS)
     cond = {name: of([0, 1]) for name, of in given.items()}
     assert null.keys() == cond.keys() == {"vector", "tokens", "token_mask"}
+    assert th.equal(cond["vector"], prior.as_data(embeddings([0, 1])))  # as it was trained on them
     process = process_of(config.defaults(DecoderProcessOptions) | {"diffusion_steps": 7})
     x, t = th.randn(2, 1, 8, 8), th.full((2,), 3)
 
@@ -710,6 +723,7 @@ def test_the_noise_of_embeddings_is_not_that_of_pictures(monkeypatch):
     ([], {}, "no prompts: give --prompts"),
     (["a"], {"candidates": 0}, "--prior_candidates must be 1 or more, not 0"),
     (["a", " "], {}, "an empty prompt has no embedding of its own: give --prior_path"),
+    (["a", "\x02 "], {}, "an empty prompt has no embedding of its own: give --prior_path"),
 ])  # fmt: skip
 def test_embeddings_that_cannot_be(prompts, more, message):
     with pytest.raises(ValueError, match=message):
@@ -739,6 +753,13 @@ def test_between_two_anchors():
     assert th.allclose(way([5]), out[5:6], atol=1e-6)
     with pytest.raises(ValueError, match="2 or more, not 1"):
         pipeline.Between(None, 1)
+
+
+def test_the_ends_of_ways_are_drawn_once_a_batch():
+    asked = []
+    way = pipeline.Between(lambda indices: (asked.extend(indices), F.normalize(th.ones(len(indices), 2), dim=1))[1], 4)
+    way(range(2, 9))  # of the ways 0, 1 and 2
+    assert asked == [0, 1, 2, 3]
 
 
 def test_samples_of_one_way_begin_with_the_same_noise():

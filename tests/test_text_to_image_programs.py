@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from test_programs import BIN, done, names, refused, rows, same, stranger
 from guided_diffusion import checkpoint, config, presets, sample_store
 from guided_diffusion.config import ClipSizes, DecoderOptions, DecoderProcessOptions
 from guided_diffusion.sample_store import SampleStore
-from guided_diffusion.text_to_image import models
+from guided_diffusion.text_to_image import models, prompting
+from guided_diffusion.text_to_image.clip import classify
+from guided_diffusion.text_to_image.decoder import Decoder
+from guided_diffusion.text_to_image.prior import Prior
 
 TRAIN = "--batch_size 8 --lr 1e-2 --log_interval 1 --random_flip False --num_workers 0"
 SIZE = "--image_size 8 --image_channels 1"
@@ -95,7 +99,12 @@ def test_training_leaves_what_other_programs_leave(home):
     assert all(0 <= float(row["acc@1"]) <= 1 for row in rows(home / "clip"))
     shares = [row["zero_shot"] for row in rows(home / "clip") if row["zero_shot"]]
     assert len(shares) == 2 and all(float(share) * 10 == pytest.approx(round(float(share) * 10)) for share in shares)
-    assert "two of 3" not in (home / "clip" / "log.txt").read_text()
+    with np.load(home / "val.npz") as held_out:
+        x = th.from_numpy(held_out["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+        texts = [held_out["texts"][k].tolist() for k in (0, 1)]
+        found = classify(models.open_clip(home / "clip" / "ema_0.5_000004.pt"), x, texts)
+        told = found == th.from_numpy(held_out["arr_1"])
+    assert float(shares[1]) == pytest.approx(told.float().mean().item())
     assert re.search("1 of 4 texts are too long and are cut; the first to 'dark, as dark as it ca'",
                      (home / "prior" / "log.txt").read_text())  # fmt: skip
 
@@ -145,13 +154,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, here, tmp_path):
         assert same(checkpoint.load(tmp_path / f"{name}000004.pt"), checkpoint.load(here / kind / f"{name}000004.pt"))
 
 
+@pytest.mark.parametrize("kind, network", [("prior", Prior), ("decoder", Decoder)])
+def test_m3_08_training_drops_conditions_and_validation_does_not(kind, network, here, tmp_path, monkeypatch):
+    seen, real = {True: [], False: []}, network.forward
+
+    def recorded(self, x, t, **cond):
+        seen[self.training].append((cond["vector"] == 0).all(1))
+        return real(self, x, t, **cond)
+
+    monkeypatch.setattr(network, "forward", recorded)
+    rate = "--caption_dropout 0.9" if kind == "prior" else "--embedding_dropout 0.9"
+    train(kind, tmp_path, f"--iterations 2 {rate}")
+    assert 0.5 < th.cat(seen[True]).float().mean() < 1
+    assert sum(not each.any() for each in seen[False]) == 1  # the others measure the training batch for the log
+
+
 def test_pictures_on_the_way(here, tmp_path):
     train("decoder", tmp_path, "--iterations 1 --sample_interval 1 --sample_steps 2")
     (picture,) = tmp_path.glob("samples*.png")
     assert Image.open(picture).size[0] >= 8
 
 
-@pytest.mark.slow
 def test_two_processes_contrast_all_their_pairs(here, tmp_path):
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     launcher[0] = "torchrun"
@@ -220,6 +243,20 @@ def test_a_run_goes_on_with_its_own_clip(here, tmp_path):
     refused("text_to_image_sample", f"{draws} {tmp_path}/wide/model000001.pt --log_dir {tmp_path}/c --force True",
             "decoder/model000004.pt takes embeddings of 16 numbers, and the CLIP .*wide.* makes 8")  # fmt: skip
     done("prior_train", f"{again} --force True")
+
+
+def test_a_clip_that_was_moved_is_asked_for(here, tmp_path, monkeypatch):
+    """Its place is told from where the program was started; another place is as good, since the fingerprint is."""
+    train("prior", tmp_path / "run", "--iterations 1")
+    shutil.copytree("clip", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    told = "model000001.pt was trained with the CLIP clip/model000004.pt, which is not there"
+    data = f"--data_dir {here}/data.npz {PRIOR} {TRAIN} --iterations 2 --log_dir run"
+    refused("prior_train", data, f"run/{told} .seen from .*{tmp_path}.*: tell where it is by --clip_path")
+    done("prior_train", f"{data} --clip_path moved/model000004.pt")
+    drawing = f"--model_path {here}/decoder/model000004.pt {SAMPLE} --prompts a --log_dir drawn"
+    refused("text_to_image_sample", drawing, f"decoder/{told.replace('01', '04')}")
+    done("text_to_image_sample", f"{drawing} --clip_path moved/model000004.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -328,6 +365,41 @@ def test_larger_pictures(home, tmp_path):
         assert large.files == ["arr_0"]  # a picture between two prompts is of neither
 
 
+def test_guidance_takes_away_what_was_dropped_in_training(here, sure):
+    null = {"vector": 0.0, "tokens": 0.0, "token_mask": False}
+    train("decoder", "spoken", "--iterations 1 --caption_dropout 0")
+    for folder, scale, left in (("decoder/model000004", 2, null), ("spoken/model000001", 2, {"vector": 0.0}),
+                                ("sure/model000001", 1, {})):  # fmt: skip
+        args = SimpleNamespace(model_path=f"{folder}.pt", guidance_scale=scale)
+        assert prompting.null_of(args, null) == left
+
+
+def test_networks_in_one_file_draw_the_same(home, drawn, tmp_path, monkeypatch):
+    """As safetensors and back, with what config.json tells: the CLIP, and what was dropped in training."""
+    monkeypatch.chdir(home)
+    for kind, file in (("clip", "model000004"), ("prior", "ema_0.9_000004"), ("decoder", "ema_0.9_000004")):
+        done("convert", f"{kind}/{file}.pt {tmp_path}/{kind}.safetensors")
+        done("convert", f"{tmp_path}/{kind}.safetensors {tmp_path}/{kind}/{file}.pt")
+        assert same(checkpoint.load(tmp_path / kind / f"{file}.pt"), checkpoint.load(f"{kind}/{file}.pt"))
+        assert (tmp_path / kind / "config.json").read_text() == (home / kind / "config.json").read_text()
+    refused("convert", f"{tmp_path}/prior.safetensors {tmp_path}/folder", "diffusers has no prior network like ours")
+    paths = " ".join(f"--{name}_path {tmp_path}/{kind}.safetensors" for name, kind in
+                     (("model", "decoder"), ("prior", "prior"), ("clip", "clip")))  # fmt: skip
+    scales = "--prior_steps 5 --guidance_scale 2 --prior_scale 2"
+    done("text_to_image_sample", f"{paths} {scales} {SAMPLE} {PROMPTS} --log_dir {tmp_path}/drawn")
+    with np.load(tmp_path / "drawn" / "samples_4x8x8x1.npz") as archive:
+        assert np.array_equal(archive["arr_0"], drawn[1]["arr_0"])
+
+
+def test_a_decoder_that_reads_less_of_a_prompt_than_clip_says_so(here, tmp_path):
+    train("decoder", "brief", "--iterations 1 --context_length 8")
+    line = f"--model_path brief/model000001.pt {SAMPLE} --prompts 'a dark picture' --log_dir"
+    for more, warned in (("", True), ("--use_captions False", False)):
+        folder = tmp_path / str(warned)
+        done("text_to_image_sample", f"{line} {folder} {more}")
+        assert ("are cut; the first to 'a dark'" in (folder / "log.txt").read_text()) == warned
+
+
 def test_scores_as_they_come(home, tmp_path, monkeypatch):
     (home / "pixels.py").write_text("def features(images): return images.mean((1, 2)) / 255")
     draw(home, tmp_path, f"{PROMPTS} --evaluate data.npz --extractor pixels:features")
@@ -340,6 +412,8 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     assert found["texts"].tolist() == ["x" * 30, "a dark picture", "", "три 🐈 三"]
     assert "1 of 4 texts are too long and are cut; the first to 'xxxxxxxxxxxxxxxxxxxxxx'" in (
         tmp_path / "a" / "log.txt").read_text()  # fmt: skip
+    broken = draw(home, tmp_path / "c", "--prompts 'two\nlines' --frames 2")
+    assert broken["texts"].tolist() == ["two\nlines"] * 4
     empty = draw(home, tmp_path / "b", "--prompts ''")
     assert empty["texts"].tolist() == [""] * 4
 
@@ -355,6 +429,7 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     ("--images data.npz --prior_candidates 3", "--prior_candidates has no effect without --prior_path"),
     ("--prompts a --prior_path sure_prior/model000001.pt --prior_scale 2", "trained without --caption_dropout"),
     ("--prompts a --model_path sure/model000001.pt --guidance_scale 2", "without --embedding_dropout and cannot be"),
+    ("--prompts a --guide_path decoder/model000002.pt --guidance_scale 2", "--guide_path .*: a decoder is guided"),
     ("--prompts a --interpolate 3", "give two or more"),
     ("--prompts a b --interpolate 3 --num_samples 4", "--num_samples 4 make no whole ways of --interpolate 3"),
     ("--prompts a b --interpolate 1", "2 or more, not 1"),
@@ -367,6 +442,7 @@ def test_prompts_from_a_file_and_of_every_kind(home, tmp_path):
     ("--prompts a --clip_path prior/model000004.pt", "prior.*clip"),
     ("--prompts a --model_path bare/model000004.pt", "nothing tells what"),
     ("--prompts a --model_path ''", "model_path"),
+    ("--prompts a --model_path odd/model000004.pt", "config.json beside odd/model000004.pt: clip must be a table, not"),
     ("--images nowhere", "nowhere does not exist"),
     ("--images data.npz --prior_path prior/model000004.pt", "drop --prior_path, which is for prompts"),
     ("--prompts a --super_res_path clip/model000004.pt", "clip.*super_res"),
@@ -381,6 +457,10 @@ def test_sampling_that_cannot_be(here, sure, tmp_path, more, pattern):
     (here / "latin.txt").write_bytes(b"caf\xe9\n")
     (here / "bare").mkdir(exist_ok=True)
     shutil.copy("decoder/model000004.pt", "bare")
+    (here / "odd").mkdir(exist_ok=True)
+    shutil.copy("decoder/model000004.pt", "odd")
+    (here / "odd" / "config.json").write_text(
+        json.dumps(json.loads((here / "decoder" / "config.json").read_text()) | {"clip": "clip/model000004.pt"}))
     words = more if "--model_path" in more else f"--model_path decoder/model000004.pt {more}"
     refused("text_to_image_sample", f"{words} --timestep_respacing 3 --log_dir {tmp_path}", pattern)
     assert not list(tmp_path.glob("**/*.npz"))

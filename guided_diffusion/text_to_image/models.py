@@ -1,10 +1,11 @@
 """The three networks of the cascade from their options, and from a checkpoint's path."""
 
 import hashlib
+import os
 
 import torch as th
 
-from .. import checkpoint, config
+from .. import checkpoint, config, script_util
 from ..script_util import open_network, process_of
 from . import hugging_face
 from .clip import CLIP
@@ -65,8 +66,8 @@ BUILDERS = {"clip": create_clip, "prior": create_prior, "decoder": create_decode
 
 
 def build(kind, flags):
-    """The network of a kind, as config.json names it, from {name: value} of all its options."""
-    return BUILDERS[kind](flags)
+    """The network of any kind, of the cascade or not, as config.json names it, from {name: value} of its options."""
+    return BUILDERS[kind](flags) if kind in BUILDERS else script_util.build(kind, flags)
 
 
 def open_clip(path, device="cpu"):
@@ -111,7 +112,27 @@ def clip_sizes(clip):
 
 def trained_with(path):
     """{"path", "fingerprint"} of the CLIP that a prior or decoder was trained with, {} where nothing tells."""
-    return (checkpoint.read_config(path) or {}).get("clip", {}) if path else {}
+    told = _noted(path, "clip") if path else {}
+    if told and not told.keys() >= {"path", "fingerprint"}:
+        raise ValueError(f"{checkpoint.where_config(path)}: clip lacks a path or a fingerprint: mend it")
+    return told
+
+
+def path_of_clip(typed, path):
+    """
+    Where the CLIP of a prior or decoder is: as typed, or else where it was when that was trained; "" if nothing tells.
+
+    :raises FileNotFoundError: if it is there no longer.
+    """
+    known = trained_with(path).get("path", "")
+    if typed or not known:
+        return typed
+    if not (checkpoint.exists(known) or hugging_face.is_folder(known)):
+        raise FileNotFoundError(
+            f"{path} was trained with the CLIP {known}, which is not there (seen from {os.getcwd()}): tell where it is"
+            " by --clip_path"
+        )
+    return known
 
 
 def check_clip(clip, clip_path, path, force=False):
@@ -139,4 +160,11 @@ def check_clip(clip, clip_path, path, force=False):
 
 def dropped(path):
     """{"embedding": rate, "caption": rate} of what was dropped in training, as far as config.json tells."""
-    return (checkpoint.read_config(path) or {}).get("dropped", {})
+    return _noted(path, "dropped")
+
+
+def _noted(path, name):
+    noted = (checkpoint.read_config(path) or {}).get(name, {})
+    if not isinstance(noted, dict):
+        raise ValueError(f"{checkpoint.where_config(path)}: {name} must be a table, not {noted!r}: mend it")
+    return noted

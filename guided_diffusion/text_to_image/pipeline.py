@@ -10,7 +10,7 @@ from .. import guidance, sampling
 from ..sampling import SeededNoise
 from .prior import NULL, as_data, as_embedding, nearest
 from .tasks import Captions
-from .tokenizer import tokenize
+from .tokenizer import is_blank, tokenize
 
 _NOISE = 1 << 33  # added to a seed: the noise of embeddings is none of that which pictures start from
 
@@ -35,7 +35,7 @@ class TextEmbeddings:
         if candidates < 1:
             raise ValueError(f"--prior_candidates must be 1 or more, not {candidates}")
         self.captions, self.device = Captions(clip, prompts), clip.device
-        self.blank = [not prompt.strip() for prompt in prompts]
+        self.blank = [is_blank(prompt) for prompt in prompts]
         if prior is None and any(self.blank):
             raise ValueError("an empty prompt has no embedding of its own: give --prior_path, or words")
         self.diffusion, self.candidates, self.seed = diffusion, candidates, seed
@@ -95,8 +95,10 @@ class Between:
     def __call__(self, indices):
         first = [self.noise_of(i) for i in indices]
         share = th.tensor([i % self.steps / (self.steps - 1) for i in indices])   # [n]
-        a, b = self.embeddings(first), self.embeddings([p + 1 for p in first])
-        return slerp(a, b, share.to(a))
+        anchors = range(min(first), max(first) + 2)  # each is drawn once, however many samples lie beside it
+        table, row = self.embeddings(anchors), th.tensor(first) - anchors[0]      # [K,D], [n]
+        row = row.to(table.device)
+        return slerp(table[row], table[row + 1], share.to(table))
 
 
 def slerp(a, b, share):

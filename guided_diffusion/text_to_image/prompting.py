@@ -10,6 +10,7 @@ from ..image_datasets import load_data
 from ..script_util import open_super_res, process_of
 from . import models, pipeline
 from .tasks import warn_of_cuts
+from .tokenizer import cut
 
 
 def prompts_of(args):
@@ -32,6 +33,11 @@ def prompts_of(args):
     idle = {"prior_steps", "prior_candidates", "prior_scale"} & args.explicit
     if idle and not args.prior_path:
         raise ValueError(f"--{min(idle)} has no effect without --prior_path: give one")
+    if args.guide_path:
+        raise ValueError(
+            f"--guide_path {args.guide_path}: a decoder is guided away from its own prediction without a condition, and"
+            " by no other model: drop it"
+        )
     if args.interpolate and len(prompts or [0, 0]) < 2:
         raise ValueError("--interpolate goes from one prompt to the next: give two or more")
     if args.super_res_path and ("npz" not in args.save_as.split(",") or not args.save_samples):
@@ -60,8 +66,9 @@ def clip_of(args, device):
     The CLIP of --clip_path, or the one that the decoder was trained with.
 
     :raises ValueError: if the decoder, or the prior, was trained with another, unless --force and its sizes are theirs.
+    :raises FileNotFoundError: if it is not where it was.
     """
-    path = args.clip_path or models.trained_with(args.model_path).get("path", "")
+    path = models.path_of_clip(args.clip_path, args.model_path)
     if not path:
         raise ValueError(f"nothing tells which CLIP {args.model_path} was trained with: give --clip_path")
     clip = models.open_clip(path, device)
@@ -73,12 +80,13 @@ def clip_of(args, device):
 def embeddings_of(args, clip, prompts, flags, device):
     """
     `(indices) -> [n,D]`, the embeddings that the pictures are drawn from: of the prior, of the texts, or of --images.
-
-    :param flags: of the decoder.
+    Warns of prompts that CLIP cuts, and of those that a decoder of these flags cuts earlier.
     """
     if args.images:
         return pipeline.ImageEmbeddings(clip, read_images(args, flags))
-    warn_of_cuts(prompts, clip.cut)
+    shown = args.use_captions and flags["text_layers"] and not args.interpolate
+    shortest = (lambda text: min(clip.cut(text), cut(text, flags["context_length"]), key=len)) if shown else clip.cut
+    warn_of_cuts(prompts, shortest)
     how = {"candidates": args.prior_candidates, "scale": args.prior_scale, "seed": args.seed}
     if not args.prior_path:
         return pipeline.TextEmbeddings(clip, prompts, **how)
@@ -161,7 +169,7 @@ def larger_of(args, flags, device):
             raise ValueError(
                 f"{args.super_res_path} enlarges images of {name} {its[name]}, and the decoder draws {flags[ours]}"
             )
-    return program.hastened(args, model), diffusion, its
+    return model, diffusion, its
 
 
 def enlarge(args, folder, larger, through, prompts, ways):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .. import dist_util, logger
 from .clip import contrast
 from .prior import as_data
-from .tokenizer import clean, cut, tokenize
+from .tokenizer import clean, cut, is_blank, tokenize
 
 MANY_TEXTS = 4096  # from so many different captions on they are encoded batch by batch, not all beforehand
 
@@ -145,7 +145,7 @@ class Captions:
 
     def _encode(self, texts):
         vector, tokens, mask = _frozen(lambda: self.clip.text_encode(texts))
-        said = th.tensor([bool(text.strip()) for text in texts], device=mask.device)   # [N]
+        said = th.tensor([not is_blank(text) for text in texts], device=mask.device)   # [N]
         vector, tokens, mask = as_data(vector) * said[:, None], tokens * said[:, None, None], mask & said[:, None]
         return {"vector": vector, "tokens": tokens, "token_mask": mask}
 

@@ -20,6 +20,11 @@ def clean(text):
     return text.translate(_CONTROLS)
 
 
+def is_blank(text):
+    """Whether nothing is left to say of a text, so that it is the null caption."""
+    return not clean(text).strip()
+
+
 def cut(text, length=LENGTH):
     """A text as `tokenize` takes it: without those control characters, and no longer than whole characters fit."""
     if length < 3:

@@ -4,7 +4,7 @@ from itertools import islice
 
 import torch as th
 
-from .. import config, dist_util, logger, presets, published
+from .. import config, dist_util, logger, presets
 from ..image_datasets import load_data
 from ..watch import COLUMNS, ROWS, Watch
 from . import models
@@ -18,9 +18,9 @@ def clip_of(args, device):
     "fingerprint"}).
 
     :raises ValueError: if there is none, or another than that run had, unless --force.
+    :raises FileNotFoundError: if it is not where it was.
     """
-    path = args.clip_path or models.trained_with(args.resume_checkpoint).get("path", "")
-    path = published.locate(path) if path else path
+    path = models.path_of_clip(args.clip_path, args.resume_checkpoint)
     clip = models.open_clip(path, device)
     if args.resume_checkpoint:
         models.check_clip(clip, path, args.resume_checkpoint, args.force)
