@@ -309,6 +309,9 @@ def test_matched_arms_have_the_nearest_width_and_say_how_near():
             net = script_util.build("diffusion", arm.flags() | {"num_channels": width})
             other = sum(p.numel() for p in net.parameters()) / base.parameters
             assert abs(math.log(other)) > abs(math.log(ratio))
+    counts = {width: ablation.nearest_width(arm.flags(), "parameters", wanted)[1] for width, wanted in
+              ((64, 0.95 * 0.6974 * base.parameters), (96, 1.05 * 0.6974 * base.parameters))}  # fmt: skip
+    assert counts == {64: 64, 96: 96}  # on either side of the geometric mean of .4655 and 1.0450
     matched = arms(text, match="compute")[1]
     assert 0.7 < matched.operations / base.operations < 1.4 and "operations" in matched.near
     base, trained = arms(text, match="training", budget={"images": 4000})
