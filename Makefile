@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes that take a file of tests at a time.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-text toy test test-all lint clean
+.PHONY: demo demo-text toy reproduce-small test test-all lint clean
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,11 @@ demo: .venv/installed
 
 demo-text: .venv/installed
 	$(BIN)/python scripts/demo_text.py
+
+# One whole study on two cores, within the hour (docs/studies.md).
+reproduce-small: .venv/installed
+	$(BIN)/python datasets/digits.py data/digits
+	$(BIN)/python scripts/ablate.py docs/reproduction/architecture.toml --parallel 2
 
 test: .venv/installed
 	$(PYTEST)

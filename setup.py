@@ -25,6 +25,7 @@ setup(
         "tqdm>=4.60",
         "Pillow>=9.1",
         "matplotlib>=3.7",
+        "tomli>=2; python_version < '3.11'",  # what Python 3.11 has as tomllib
     ],
     extras_require={"mpi": MPI, "eval": EVAL, "demo": ["scikit-learn>=1.3"], "lmdb": ["lmdb>=1.4"],
                     "transformers": ["transformers>=5"], "dev": DEV},

@@ -49,6 +49,11 @@ def interval(estimate):
     return float(max(centre - Z * error, low)), float(min(centre + Z * error, high))
 
 
+def share(p, trials):
+    """Wilson's 95 % interval of a share p of so many independent trials."""
+    return _wilson(p, 0.0, trials)
+
+
 def mean(runs):
     """The mean of one score's Estimates in runs of their own samples against one reference, as an Estimate.
 

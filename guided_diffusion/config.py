@@ -118,6 +118,10 @@ class ModelOptions(_Network, _ImageSize):
         "recompute the activations of so many levels only, from the largest feature maps on, which keep the most;"
         " 0: none, or with --use_checkpoint all",
     )
+    residual_rescale: bool = option(
+        False, "divide the sum of every residual block, and of attention, by sqrt 2: in the paper's table 1, and in no"
+        " published model; tensors do not tell it",
+    )  # fmt: skip
 
 
 @dataclass
@@ -128,6 +132,7 @@ class SuperResOptions(_Network):
     small_size: int = option(64, "height and width of the images that are enlarged, in pixels")
     conv_resample: bool = changed(ModelOptions, "conv_resample", True)
     checkpoint_levels: int = changed(ModelOptions, "checkpoint_levels", 0)
+    residual_rescale: bool = changed(ModelOptions, "residual_rescale", False)
 
 
 @dataclass
@@ -150,6 +155,7 @@ class ClassifierOptions(_Data, _ImageSize):
     classifier_channel_mult: str = option("", "width factor of each level of the classifier; empty: as --channel_mult")
     classifier_num_head_channels: int = option(64, "channels of an attention head of the classifier")
     classifier_dropout: float = option(0.0, "probability of dropping a feature in the classifier's residual blocks")
+    classifier_residual_rescale: bool = changed(ModelOptions, "residual_rescale", False)
 
 
 @dataclass
@@ -195,6 +201,12 @@ class DiffusionOptions:
         False,
         "without --learn_sigma, ancestral steps have the posterior's variance, right for data at one point, instead of"
         " beta, right for data like noise; sampling may choose it for any such model",
+    )
+    learned_variance: str = option(
+        "range",
+        "what the network says of the variance with --learn_sigma: its place between the two fixed ones, as the paper,"
+        " or, free, its logarithm, with nothing to hold it; tensors do not tell it",
+        ("range", "free"),
     )
 
 

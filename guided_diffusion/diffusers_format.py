@@ -63,6 +63,8 @@ def unet_config(flags, attention):
         "image_size": isinstance(flags["image_size"], str),  # a rectangle
         "vector_channels": flags["vector_channels"] > 0,
         "conv_resample": not flags["conv_resample"] and not flags["resblock_updown"] and len(widths) > 1,
+        "residual_rescale": flags["residual_rescale"],
+        "learned_variance": flags["learned_variance"] != "range",
         "channel_mult": mult[0] != 1,  # the embedding of time there has the width of the first level
         "num_heads_upsample": flags["num_head_channels"] == -1 and flags["num_heads_upsample"] not in
         (-1, flags["num_heads"]),

@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 
 from . import checkpoint, dist_util, pictures, sampling
-from .prediction import rows_at
+from .prediction import Prediction, rows_at
 
 
 def in_batches(count, batch_size):
@@ -43,6 +43,20 @@ def planned(diffusion, use_ddim=False, eta=None, sampler="", steps=0, spacing=""
     if eta and not use_ddim:
         raise ValueError(f"--eta {eta} belongs to DDIM: add --use_ddim True, or name a --sampler that has it")
     return partial(sampling.ddim, eta=eta or 0.0) if use_ddim else sampling.ddpm, diffusion
+
+
+def count_evaluations(diffusion, **walk):
+    """How often the network looks at each sample of a walk, by walking one pixel; `walk` goes to `planned`."""
+    rule, process = planned(diffusion, **walk)
+    asked = []
+
+    def predict(x, t, **cond):
+        asked.append(t)
+        return Prediction(x, x, th.ones_like(x), th.zeros_like(x))
+
+    for _ in sampling.sample(process, predict, rule, th.zeros(1, 1, 1, 1)):
+        pass
+    return len(asked)
 
 
 def sample_stream(

@@ -37,7 +37,7 @@ SIZES = {"diffusion": "image_size", "super_res": "large_size", "classifier": "im
 # Whoever types others of the flags that tensors tell does it the original's way, where all others have defaults.
 NEUTRAL = {"image_size", "image_channels", "num_classes", "network", "vector_channels"}
 # Tensors do not tell these either, but other values than the usual ones are rare; they are named, and not asked for.
-USUAL = ("predict", "num_heads_upsample", "class_dropout", "rescale_timesteps")
+USUAL = "predict num_heads_upsample class_dropout rescale_timesteps residual_rescale learned_variance".split()
 
 
 def identify(path, kind, state, explicit=None, preset=""):

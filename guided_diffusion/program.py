@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, text
+from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, signals, text
 from .compiling import compile_blocks
 from .fp16_util import PRECISIONS
 from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
@@ -33,6 +33,7 @@ def start(args, *settled_later):
     :return: (device, folder), the folder being the same for all ranks and known to be writable. Of a training run it is
         that of the checkpoints, this run's alone, and `args.resume_checkpoint` is what it goes on from.
     """
+    signals.end_with_parent()
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)

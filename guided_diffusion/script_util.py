@@ -64,6 +64,8 @@ PREDICT = {
     "edm": ModelMeanType.EDM,
 }
 
+VARIANCES = {"range": ModelVarType.LEARNED_RANGE, "free": ModelVarType.LEARNED}
+
 # ------------------------------------------------------------------------------------------------ defaults and flags
 
 
@@ -111,7 +113,7 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
                  use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1,
                  num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False,
                  use_new_attention_order=False, image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0,
-                 network="adm", vector_channels=0, conv_resample=True, checkpoint_levels=0):
+                 network="adm", vector_channels=0, conv_resample=True, checkpoint_levels=0, residual_rescale=False):
     """
     The UNetModel, or for network "film" the film_unet.Unet, that the options of the same names describe (see
     config.ModelOptions).
@@ -133,7 +135,7 @@ def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_
                     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm,
                     dropout, resblock_updown, use_fp16, channel_mult="", use_new_attention_order=False,
                     image_channels=3, num_classes=NUM_CLASSES, class_dropout=0.0, conv_resample=True,
-                    checkpoint_levels=0):
+                    checkpoint_levels=0, residual_rescale=False):
     """The SuperResModel for images of large_size; as the network takes any low_res, small_size changes nothing."""
     flags = dict(locals())
     del flags["small_size"]
@@ -188,7 +190,8 @@ NETWORKS = {"adm": functools.partial(_unet, UNetModel), "film": _film}
 def create_classifier(image_size, classifier_use_fp16, classifier_width, classifier_depth,
                       classifier_attention_resolutions, classifier_use_scale_shift_norm, classifier_resblock_updown,
                       classifier_pool, classifier_channel_mult="", classifier_num_head_channels=64,
-                      classifier_dropout=0.0, image_channels=3, num_classes=NUM_CLASSES):
+                      classifier_dropout=0.0, image_channels=3, num_classes=NUM_CLASSES,
+                      classifier_residual_rescale=False):
     """
     The EncoderUNetModel that the options of the same names describe (see config.ClassifierOptions).
 
@@ -208,13 +211,14 @@ def create_classifier(image_size, classifier_use_fp16, classifier_width, classif
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,
         pool=classifier_pool,
+        residual_rescale=classifier_residual_rescale,
     )
 
 
 def create_gaussian_diffusion(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear",
                               use_kl=False, predict_xstart=False, rescale_timesteps=False,
                               rescale_learned_sigmas=False, timestep_respacing="", predict="", loss_weight="unit",
-                              sigma_data=DiffusionOptions.sigma_data):
+                              sigma_data=DiffusionOptions.sigma_data, learned_variance="range"):
     """
     The SpacedDiffusion that the options of the same names describe (see config.DiffusionOptions).
 
@@ -230,7 +234,7 @@ def create_gaussian_diffusion(*, steps=1000, learn_sigma=False, sigma_small=Fals
     else:
         loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     if learn_sigma:
-        var_type = ModelVarType.LEARNED_RANGE
+        var_type = VARIANCES[learned_variance]
     else:
         var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     return SpacedDiffusion(
@@ -296,6 +300,8 @@ def process_of(flags):
     """The SpacedDiffusion of {name: value} of all options of the process."""
     if flags["learn_sigma"] and flags["sigma_small"]:
         raise ValueError("--sigma_small True: the model has a variance of its own (learn_sigma True): drop the flag")
+    if flags["learned_variance"] != "range" and not flags["learn_sigma"]:
+        raise ValueError("--learned_variance free has no effect without --learn_sigma True: give both or neither")
     return _call(create_gaussian_diffusion, flags | {"steps": flags["diffusion_steps"]})
 
 

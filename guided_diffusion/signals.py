@@ -1,11 +1,26 @@
 """The signals that ask a run to save and leave, and how the processes that load its images stay out of them."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
+END_WITH = "GD_END_WITH"
 ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+def end_with_parent():
+    """
+    Be killed when the parent dies, however that dies, if it is the process whose id stands in $GD_END_WITH: a program
+    that a study runs is not to go on alone. To be called where a program starts; without effect but on Linux.
+    """
+    parent = os.environ.get(END_WITH)
+    if parent and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):  # it has died meanwhile, or this is the child of a child
+            ctypes.CDLL(None).prctl(1, 0)
 
 
 def heed_parent_alone(worker=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import generate, pictures
+from . import generate, pictures, signals
 from .image_datasets import load_data
 
 
@@ -34,16 +34,26 @@ class Study:
         for name in names:
             shutil.rmtree(self.out / name, ignore_errors=True)
 
-    def run(self, script, *words):
-        """Run a program; its output appears as it comes. Raises ValueError if it fails."""
+    def run(self, script, *words, output=None):
+        """
+        Run a program, which ends if this one does. Raises ValueError if it fails.
+
+        :param output: file to which its output is appended; None: it appears as it comes, after the command.
+        """
         words = [script, *map(str, words)]
-        print(f"\n$ python {shlex.join(words)}", flush=True)
         start = time.monotonic()
         # So small a network loses little by one thread; with more it stalls whenever another program wants a core.
-        env = {"OMP_NUM_THREADS": "1", **os.environ}
-        done = subprocess.run([sys.executable, str(self.root / script), *words[1:]], env=env)
+        how = {"env": {"OMP_NUM_THREADS": "1", **os.environ, signals.END_WITH: str(os.getpid())}}
+        command = [sys.executable, str(self.root / script), *words[1:]]
+        if output is None:
+            print(f"\n$ python {shlex.join(words)}", flush=True)
+            done, said = subprocess.run(command, **how), "what it said stands above"
+        else:
+            with open(output, "ab") as file:
+                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, **how)
+            said = last_line(output)
         if done.returncode:
-            raise ValueError(f"{script} ended with exit code {done.returncode}; what it said stands above")
+            raise ValueError(f"{script} ended with exit code {done.returncode}; {said}")
         self.commands.append((f"python {shlex.join(words)}", time.monotonic() - start))
 
     def train_classifier(self, name, train, held_out, iterations, noised, seed, words):
@@ -62,6 +72,12 @@ class Study:
         path = self.out / name
         path.write_text("\n".join([*lines, "", *made, "```", ""]), encoding="utf-8")
         return path
+
+
+def last_line(path):
+    """The last line with anything in it of the text file at path, from its last `error:` on if that has one."""
+    lines = [line for line in Path(path).read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1].strip().rpartition("error: ")[2] if lines else "it said nothing"
 
 
 def pack(data, path, image_size, most=10000):

@@ -34,6 +34,7 @@ from .nn import (
 # at 64 tokens .42/1.6 against .47/1.5, at 144 3.5/8.9 against 1.8/5.0, at 196 7.9/15 against 2.7/7.9. Only the
 # written-out one can be differentiated twice.
 SHORT_LENGTH = 256
+RESCALE = 0.5**0.5  # of a sum of two parts of equal variance, which then has that variance
 
 
 class AttentionPool2d(nn.Module):
@@ -133,13 +134,15 @@ class ResBlock(TimestepBlock):
 
     emb_channels: width of the embedding. use_conv: 3x3 instead of 1x1 convolution on a skip that changes its width.
     use_checkpoint: recompute in the backward pass. up, down: resample between the first norm and convolution, and on
-    the skip, without weights (BigGAN). Starts as its skip connection: the last convolution is zero.
+    the skip, without weights (BigGAN). rescale: the sum is divided by sqrt 2 (Song et al. 2021, arXiv 2011.13456,
+    section 4.1), an ablation of the paper. Starts as its skip connection: the last convolution is zero.
     """
 
     def __init__(self, channels, emb_channels, dropout, out_channels=None, use_conv=False,
-                 use_scale_shift_norm=False, dims=2, use_checkpoint=False, up=False, down=False):
+                 use_scale_shift_norm=False, dims=2, use_checkpoint=False, up=False, down=False, rescale=False):
         super().__init__()
         width = out_channels or channels
+        self.rescale = rescale
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.in_layers = nn.Sequential(
@@ -180,7 +183,8 @@ class ResBlock(TimestepBlock):
             h = norm(h + emb.type(h.dtype)[(...,) + (None,) * (h.dim() - 2)])
         for layer in rest:
             h = layer(h)
-        return self.skip_connection(self.resample(x)) + h
+        total = self.skip_connection(self.resample(x)) + h
+        return total * RESCALE if self.rescale else total
 
 
 class AttentionBlock(nn.Module):
@@ -192,13 +196,14 @@ class AttentionBlock(nn.Module):
 
     num_head_channels: channels of a head, from which the number of heads follows; -1 takes num_heads.
     use_new_attention_order: the layout of the qkv weights (QKVAttention, else QKVAttentionLegacy).
-    Raises UsageError if the channels do not split evenly.
+    rescale: the sum is divided by sqrt 2, as in ResBlock. Raises UsageError if the channels do not split evenly.
     """
 
     def __init__(self, channels, num_heads=1, num_head_channels=-1, use_checkpoint=False,
-                 use_new_attention_order=False, encoder_channels=None):
+                 use_new_attention_order=False, encoder_channels=None, rescale=False):
         super().__init__()
         self.channels = channels
+        self.rescale = rescale
         self.num_heads = count_heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels)
@@ -216,7 +221,8 @@ class AttentionBlock(nn.Module):
         more = ()
         if tokens is not None and tokens.shape[1]:
             more = self.encoder_kv(tokens.transpose(1, 2).type(qkv.dtype)), mask
-        return x + self.proj_out(self.attention(qkv, *more)).view_as(x)
+        total = x + self.proj_out(self.attention(qkv, *more)).view_as(x)
+        return total * RESCALE if self.rescale else total
 
 
 def count_heads(channels, num_heads, num_head_channels):
@@ -312,6 +318,7 @@ class UNetTrunk(HalfBody, nn.Module):
 
     num_classes = vector_channels = token_channels = None
     checkpoint_levels = 0
+    residual_rescale = False
 
     def __init__(self, options):
         super().__init__()
@@ -424,6 +431,7 @@ class UNetTrunk(HalfBody, nn.Module):
             use_scale_shift_norm=self.use_scale_shift_norm,
             dims=self.dims,
             use_checkpoint=self._recomputes(level),
+            rescale=self.residual_rescale,
             **resample,
         )
 
@@ -435,6 +443,7 @@ class UNetTrunk(HalfBody, nn.Module):
             self._recomputes(level),
             self.use_new_attention_order,
             None if self.token_channels is None else self.emb_channels,
+            self.residual_rescale,
         )
 
     def _stage(self, level, channels, num_heads):
@@ -494,7 +503,8 @@ class UNetModel(UNetTrunk):
     as further keys and values (GLIDE, arXiv 2112.10741). num_heads_upsample: heads of the upward path, -1 as
     num_heads; both count only when num_head_channels is -1. conv_resample: with weights (else average / nearest).
     checkpoint_levels: of so many levels, from the finest on, blocks are recomputed in the backward pass;
-    use_checkpoint: all are. use_fp16: a wish, for the programs, that convert_to_fp16 be called after loading.
+    use_checkpoint: all are. residual_rescale: every residual sum is divided by sqrt 2, attention's too. use_fp16: a
+    wish, for the programs, that convert_to_fp16 be called after loading.
     Raises ValueError for widths, sizes or heads that do not divide.
     """
 
@@ -502,7 +512,7 @@ class UNetModel(UNetTrunk):
                  dropout=0, channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None,
                  use_checkpoint=False, use_fp16=False, num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
                  use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False,
-                 vector_channels=None, token_channels=None, checkpoint_levels=0):
+                 vector_channels=None, token_channels=None, checkpoint_levels=0, residual_rescale=False):
         super().__init__(locals())
         self._check_size("image_size", _sides(image_size))
         self.output_blocks = self._build_output_blocks()
@@ -581,7 +591,7 @@ class EncoderUNetModel(UNetTrunk):
     def __init__(self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
                  dropout=0, channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, use_checkpoint=False, use_fp16=False,
                  num_heads=1, num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False,
-                 resblock_updown=False, use_new_attention_order=False, pool="adaptive"):
+                 resblock_updown=False, use_new_attention_order=False, pool="adaptive", residual_rescale=False):
         super().__init__(locals())
         self.out = self._build_pool()
 

@@ -7,7 +7,6 @@ The same command goes on where it was broken off: a case that was drawn, or scor
 import itertools
 import json
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +41,9 @@ config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to 
 
 import torch as th
 
-from evaluations import report, tables
-from evaluations.evaluator import evaluate, write
+from evaluations import cases, report, tables
 from evaluations.features import make_extractor
 from guided_diffusion import checkpoint, generate, published, sampling, study
-from guided_diffusion.prediction import Prediction
 from guided_diffusion.script_util import open_diffusion
 
 
@@ -85,55 +82,17 @@ def draw(work, args, case, folder):
         *(guided or ["--guidance_scale"]), f"{case['scale']:g}", "--sampler", case["sampler"], "--steps", case["steps"],
         "--num_samples", args.num_samples, "--batch_size", args.batch_size, "--seed", args.seed,
         *(["--classes", args.classes] if args.classes else []), *(["--device", args.device] if args.device else []),
-        *shlex.split(args.more), "--log_dir", folder,
+        *shlex.split(args.more),
     ]  # fmt: skip
-    asked = {"words": list(map(str, words)), "checkpoints": [stamp(case["path"]), stamp(args.classifier_path)]}
-    found = sorted(folder.glob("samples_*.npz"))
-    if len(found) == 1 and (folder / "drawn.json").is_file():
-        drawn = json.loads((folder / "drawn.json").read_text())
-        if drawn["asked"] == asked:
-            return found[0], drawn
-    for path in found:
-        path.unlink()
-    start = time.monotonic()
-    work.run(*words)
-    drawn = {"asked": asked, "seconds": round(time.monotonic() - start, 1), "evaluations": evaluations(case, guided)}
-    write(folder / "drawn.json", drawn, None)
-    return next(folder.glob("samples_*.npz")), drawn
-
-
-def stamp(path):
-    """What tells one content of a file from the next: its size and time of change."""
-    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns] if path else None
+    files = case["path"], args.classifier_path
+    return cases.draw(work.run, words, files, folder, evaluations=evaluations(case, guided))
 
 
 def evaluations(case, guided):
     """How often the diffusion network looks at each image: counted on one pixel, twice for classifier-free guidance."""
     _, diffusion, _ = open_diffusion(case["path"])
-    rule, process = generate.planned(diffusion, sampler=case["sampler"], steps=case["steps"])
-    asked = []
-
-    def predict(x, t, **cond):
-        asked.append(t)
-        return Prediction(x, x, th.ones_like(x), th.zeros_like(x))
-
-    for _ in sampling.sample(process, predict, rule, th.zeros(1, 1, 1, 1)):
-        pass
-    return len(asked) * (1 if guided or case["scale"] == 1 else 2)
-
-
-def score(args, case, folder, samples, drawn, extractor):
-    """Write scores.json and its parts for a case, unless they are there and newer than what they are of."""
-    path = folder / "scores.json"
-    made_of = [stamp(samples), stamp(args.reference), args.extractor, args.weights]
-    if path.is_file() and json.loads(path.read_text()).get("made_of") == made_of:
-        return path
-    parts = {}
-    result = evaluate(args.reference, str(samples), extractor(), args.batch_size, True, parts=parts,
-                      cache=Path(args.out) / "features")  # fmt: skip
-    settings = {**{name: case[name] for name in report.SETTINGS}, "evaluations": drawn["evaluations"]}
-    write(path, {**result, "settings": settings, "made_of": made_of}, parts)
-    return path
+    count = generate.count_evaluations(diffusion, sampler=case["sampler"], steps=case["steps"])
+    return count * (1 if guided or case["scale"] == 1 else 2)
 
 
 def check(args):
@@ -153,7 +112,7 @@ def check(args):
 def main():
     args = config.parse(__doc__, *OPTIONS)
     check(args)
-    cases, made = cases_of(args), []
+    wanted, made = cases_of(args), []
     device = args.device or ("cuda" if th.cuda.is_available() else "cpu")
 
     def extractor():
@@ -165,15 +124,15 @@ def main():
     work = study.Study(Path(__file__).resolve().parent.parent, Path(args.out), args.seed)
     work.begin()
     paths = []
-    for number, case in enumerate(cases, 1):
+    for number, case in enumerate(wanted, 1):
         name = "_".join(f"{case[key]:g}" if key == "scale" else str(case[key]) for key in report.SETTINGS)
         folder = work.out / "cases" / name
-        folder.mkdir(parents=True, exist_ok=True)
         samples, drawn = draw(work, args, case, folder)
-        paths.append(score(args, case, folder, samples, drawn, extractor))
+        settings = {**{key: case[key] for key in report.SETTINGS}, "evaluations": drawn["evaluations"]}
+        paths.append(cases.score(args, samples, settings, extractor))
         found = json.loads(paths[-1].read_text())
         told = ", ".join(f"{tables.NAMES[key]} {tables.score(found, key)}" for key in ("fid", "precision", "recall"))
-        print(f"case {number} of {len(cases)}, {name}: {told}", flush=True)
+        print(f"case {number} of {len(wanted)}, {name}: {told}", flush=True)
     report.write(work.out, report.page(paths, f"Sweep of {args.model_path}"))
     print(f"report: {work.out / 'report.html'}")
 

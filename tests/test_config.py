@@ -60,7 +60,7 @@ SUPER_RES = {"large_size": 256, "small_size": 64} | {
 }
 
 # What its users missed.
-PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False}
+PROCESS = {"predict": "", "loss_weight": "unit", "sigma_data": 0.5, "sigma_small": False, "learned_variance": "range"}
 RUN = {"seed": 0, "device": "", "precision": "", "log_dir": "", "log_formats": "", "preset": ""}
 DATA = {"image_channels": 3, "num_classes": 1000}
 MORE_TRAINING = {
@@ -74,7 +74,7 @@ MORE_AVERAGES = {
     "iterations": 0, "random_crop": False, "ema_warmup": True, "ema_halflife": "", "ema_power": "", "val_data_dir": "",
     "eval_interval": 100,
 }
-DROPOUT = {"class_dropout": 0.0, "conv_resample": True, "checkpoint_levels": 0}
+DROPOUT = {"class_dropout": 0.0, "conv_resample": True, "checkpoint_levels": 0, "residual_rescale": False}
 MORE_MODEL = DROPOUT | {"network": "adm", "vector_channels": 0}
 MORE_SAMPLING = {
     "classes": "", "save_as": "npz", "grid": True, "frames": 0, "eta": 0.0, "sampler": "", "steps": 0, "spacing": "",
@@ -87,7 +87,8 @@ MORE_STEERING = {
     "classifier_scale_end": "", "classifier_marginal": 1.0, "classifier_normalize": 0.0, "classifier_interval": "",
     "classifier_every": 1, "guidance_at": "x_t",
 }
-MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0}
+MORE_CLASSIFIER = {"classifier_channel_mult": "", "classifier_num_head_channels": 64, "classifier_dropout": 0.0,
+                   "classifier_residual_rescale": False}  # fmt: skip
 WATCH = {
     "sample_interval": 0, "eval_every": 0, "eval_samples": 500, "eval_extractor": "inception", "sample_steps": 50,
 }

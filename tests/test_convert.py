@@ -273,6 +273,8 @@ def test_an_unconditional_model_is_a_pipeline(tmp_path):
         ({"network": "film"}, "--network film has nothing like it there"),
         ({"vector_channels": 4}, "--vector_channels 4"),
         ({"conv_resample": False}, "--conv_resample False"),
+        ({"residual_rescale": True}, "--residual_rescale True"),
+        ({"learn_sigma": True, "learned_variance": "free"}, "--learned_variance free"),
         ({"channel_mult": "2,2"}, "--channel_mult 2,2"),
         ({"num_head_channels": -1, "attention_resolutions": "8"}, "4 heads at the widths 32, 64, and there heads have"),
         ({"num_head_channels": -1, "num_heads_upsample": 2}, "--num_heads_upsample 2"),

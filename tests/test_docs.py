@@ -6,10 +6,12 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,7 +45,12 @@ TINY = [
     (r"--samplers ddpm,dpmpp_2m --steps 10,25 --scales 1,3,6", "--samplers dpmpp_2m --steps 3 --scales 0,3"),
     (r"--num_samples 500\b", "--num_samples 20"),
     (r"samples/ddpm_scale_6\b", "samples/ddpm_scale_0"),
+    (r"--walks ddpm:250,ddim:25", "--walks ddim:3 --scales 2 --free_scales 2 --levels 2"),
+    (r"(?<=\n)seeds = .*", "seeds = [0]"),  # of a study file
+    (r"(?<=\n)(images|samples|iterations|batch_size) = \d+", lambda m: TINY_STUDY[m[1]]),
 ]
+TINY_STUDY = {name: f"{name} = {n}" for name, n in
+              {"images": 8, "samples": 10, "iterations": 1, "batch_size": 4}.items()}  # fmt: skip
 DEMO = ("python scripts/demo.py --iterations 2 --classifier_iterations 1 --num_samples 20 --steps 4 --scales 0,3"
         " --ddim_scales 3")  # fmt: skip
 
@@ -73,7 +80,7 @@ def shell(command, folder):
 def clone(tmp_path_factory):
     """A folder that looks like a fresh clone to the commands."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("scripts", "datasets", "evaluations"):
+    for name in ("scripts", "datasets", "evaluations", "docs"):
         os.symlink(ROOT / name, folder / name)
     rng = np.random.default_rng(0)
     made = {f"x_{split}": rng.integers(0, 256, (80, 28, 28), np.uint8) for split in ("train", "test")}
@@ -287,6 +294,25 @@ def test_every_command_of_the_page_on_super_resolution(clone):
     assert (clone / "runs/bits_nll/nll.png").exists()
 
 
+def test_every_command_of_the_page_on_studies(clone):
+    """In forks of this process, since there are many; the study that ships is planned only."""
+    page = ROOT / "docs" / "studies.md"
+    (clone / "study.toml").write_text(tiny(blocks(page, "toml")[0]))
+    ran = commands(page)
+    make = ran.pop(ran.index("make reproduce-small"))
+    done = subprocess.check_output([*make.replace("make", "make -n").split()], cwd=ROOT, text=True)
+    planned = re.search(r"python (scripts/ablate.py docs/reproduction/architecture.toml.*)", done)[1]
+    for command in [*ran, f"python {planned} --run False --estimate False"]:
+        _, script, *words = shlex.split(tiny(command))
+        (clone / "said.txt").unlink(missing_ok=True)
+        assert forked.ended(forked.start(script, words, clone)) == 0, f"{command}\n{(clone / 'said.txt').read_text()}"
+    assert "10 arms x 3 seeds: 91 pieces of work, of which 0 are done" in (clone / "said.txt").read_text()
+    rows = (clone / "runs/study/results.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows if ",fid," in row] == ["base", "two blocks", "addition", "DDIM"]
+    assert (clone / "runs/study/report.html").read_text().count("data:image/png") == 5
+    assert len(list(clone.glob("runs/guidance/cases/*/scores.json"))) == 4
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_in_the_docs_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -323,7 +349,8 @@ def test_every_flag_that_the_docs_name_exists():
                "signals", "cache", "k", "density_k", "distances", "splits", "split_size", "shuffle", "resize", "dtype",
                "keep", "reference", "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more", "count",
                "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo",
-               "hundred", "png", "map", "checksum", "prefix", "class_texts", "val_out", "val_count"}  # fmt: skip
+               "hundred", "png", "map", "checksum", "prefix", "class_texts", "val_out", "val_count", "run", "price",
+               "devices", "parallel", "equal_cost", "walks", "free_scales", "uncond_path"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"

@@ -39,8 +39,8 @@ MACHINERY = [
     "train_util script_util watch",
     "diffusers_format",
     "convert",
-    "program study rehearsal",
-    "doctor",
+    "program study rehearsal kept probe",
+    "doctor ablation",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library
 LIGHT = [*MATHEMATICS, *NETWORKS, "toy_models"]  # what needs no other

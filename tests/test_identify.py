@@ -239,7 +239,7 @@ def test_the_question_names_the_values_that_would_do(tmp_path):
         f" --image_size (a multiple of 8, by its widths 32); --num_heads or --num_head_channels (both of {heads});"
         " --use_new_attention_order (False for all published models but 64x64_diffusion.pt); --noise_schedule (linear,"
         " cosine...); --diffusion_steps (1000, 4000...). Type them, and --predict, --num_heads_upsample,"
-        " --class_dropout, --rescale_timesteps if not as usual."
+        " --class_dropout, --rescale_timesteps, --residual_rescale, --learned_variance if not as usual."
     )
 
 

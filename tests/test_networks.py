@@ -193,15 +193,16 @@ def test_signatures_are_the_originals():
     first = ["image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions"]
     trunk = {"dropout": 0, "channel_mult": (1, 2, 4, 8), "conv_resample": True, "dims": 2}
     half = {"use_checkpoint": False, "use_fp16": False}
-    more = {"vector_channels": None, "token_channels": None, "checkpoint_levels": 0}  # what the original has not
+    more = {"vector_channels": None, "token_channels": None, "checkpoint_levels": 0, "residual_rescale": False}  # new
     res = {"out_channels": None, "use_conv": False, "use_scale_shift_norm": False, "dims": 2, "use_checkpoint": False,
-           "up": False, "down": False}
+           "up": False, "down": False, "rescale": False}
     expected = {
         unet.UNetModel: (first, trunk | {"num_classes": None} | half | shared | more),
-        unet.EncoderUNetModel: (first, trunk | half | shared | {"pool": "adaptive"}),
+        unet.EncoderUNetModel: (first, trunk | half | shared | {"pool": "adaptive", "residual_rescale": False}),
         unet.ResBlock: (["channels", "emb_channels", "dropout"], res),
         unet.AttentionBlock: (["channels"], {"num_heads": 1, "num_head_channels": -1, "use_checkpoint": False,
-                                             "use_new_attention_order": False, "encoder_channels": None}),
+                                             "use_new_attention_order": False, "encoder_channels": None,
+                                             "rescale": False}),
         unet.AttentionPool2d: (["spacial_dim", "embed_dim", "num_heads_channels"], {"output_dim": None}),
         unet.Upsample: (["channels", "use_conv"], {"dims": 2, "out_channels": None}),
         unet.Downsample: (["channels", "use_conv"], {"dims": 2, "out_channels": None}),

@@ -31,7 +31,7 @@ PROCESS = (
     "learn_sigma, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart, rescale_timesteps,"
     " rescale_learned_sigmas"
 )
-MORE_PROCESS = " predict='', loss_weight='unit', sigma_data=0.5, sigma_small=False"
+MORE_PROCESS = " predict='', loss_weight='unit', sigma_data=0.5, sigma_small=False, learned_variance='range'"
 SIGNATURES = {
     "diffusion_defaults": "()",
     "classifier_defaults": "()",
@@ -44,22 +44,24 @@ SIGNATURES = {
     " use_checkpoint=False, attention_resolutions='16', num_heads=1, num_head_channels=-1, num_heads_upsample=-1,"
     " use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False,"
     " image_channels=3, num_classes=1000, class_dropout=0.0, network='adm', vector_channels=0,"
-    " conv_resample=True, checkpoint_levels=0)",
+    " conv_resample=True, checkpoint_levels=0, residual_rescale=False)",
     "create_classifier": f"({CLASSIFIER}, classifier_channel_mult='', classifier_num_head_channels=64,"
-    " classifier_dropout=0.0, image_channels=3, num_classes=1000)",
+    " classifier_dropout=0.0, image_channels=3, num_classes=1000, classifier_residual_rescale=False)",
     "create_gaussian_diffusion": "(*, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule='linear',"
     " use_kl=False, predict_xstart=False, rescale_timesteps=False, rescale_learned_sigmas=False,"
-    " timestep_respacing='', predict='', loss_weight='unit', sigma_data=0.5)",
+    " timestep_respacing='', predict='', loss_weight='unit', sigma_data=0.5, learned_variance='range')",
     "create_model_and_diffusion": f"({MODEL_AND_DIFFUSION}, image_channels=3, num_classes=1000, class_dropout=0.0,"
-    f" network='adm', vector_channels=0, conv_resample=True, checkpoint_levels=0,{MORE_PROCESS})",
+    f" network='adm', vector_channels=0, conv_resample=True, checkpoint_levels=0, residual_rescale=False,"
+    f"{MORE_PROCESS})",
     "create_classifier_and_diffusion": f"({CLASSIFIER}, {PROCESS}, image_channels=3, num_classes=1000,"
-    f" classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0,{MORE_PROCESS})",
+    f" classifier_channel_mult='', classifier_num_head_channels=64, classifier_dropout=0.0,"
+    f" classifier_residual_rescale=False,{MORE_PROCESS})",
     "sr_create_model_and_diffusion": "("
     + MODEL_AND_DIFFUSION.replace("image_size", "large_size, small_size")
     .replace(" channel_mult,", "")
     .replace(", use_new_attention_order", "")
     + ", image_channels=3, num_classes=1000, channel_mult='', use_new_attention_order=False, class_dropout=0.0,"
-    + " conv_resample=True, checkpoint_levels=0,"
+    + " conv_resample=True, checkpoint_levels=0, residual_rescale=False,"
     + f"{MORE_PROCESS})",
 }
 
@@ -124,7 +126,8 @@ def test_builders_bind_like_the_originals():
     with pytest.raises(TypeError, match="multiple values for argument 'image_size'"):
         script_util.create_model_and_diffusion(*values, image_size=8)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, True, 0, "", "unit", 0.5, False, 5)
+        script_util.create_model_and_diffusion(*values, 3, 10, 0.0, "adm", 0, True, 0, False, "", "unit", 0.5,
+                                               False, "range", 5)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- networks, process

@@ -1,0 +1,160 @@
+"""
+What a study of arms found: the differences to the base, paired by seed, as json, csv, and a page with curves and grids.
+
+The json and csv hold only what equal runs repeat exactly; measured speeds stand on the page.
+"""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+
+from evaluations import gallery, intervals, pages, paired, report, tables
+
+GRID = 40  # images of each arm
+HEAD = "arm metric seeds mean standard_error difference difference_error low high apart".split()
+
+
+def write(out, title, arms, speeds=None, notes=()):
+    """
+    Write results.json, results.csv, report.html and report.md with pictures into the folder `out` (a Path).
+
+    :param arms: the base first, each a dict: name; changes, a text; parameters, operations, evaluations, iterations;
+        near, a text; and runs, {seed: {"failed": why, or "", "scores": result of the evaluator as a dict or None,
+        "samples": npz or None, "log": {column: (images seen, values)}}}.
+    :param speeds: {name: images a second in training}, measured. :param notes: lines that stand on the page.
+    """
+    found = results(arms)
+    gallery.write(out / "results.json", json.dumps({"title": title, "arms": found}, indent=2) + "\n")
+    gallery.write(out / "results.csv", to_csv(found))
+    report.write(out, page(title, arms, found, speeds or {}, notes))
+
+
+def results(arms):
+    """The arms without their runs' files, and with what these found, as a list of dicts of plain values."""
+    found, base = [], None
+    for arm in arms:
+        done = {seed: run["scores"] for seed, run in arm["runs"].items() if run["scores"]}
+        scores = {name: {seed: each[name] for seed, each in done.items() if name in each} for name in tables.NAMES}
+        scores = {name: values for name, values in scores.items() if values}
+        base = base if found else scores
+        compared = {}
+        for name, values in scores.items():
+            both = {"mean": paired.mean(list(values.values()))}
+            if found and name in base:
+                both["difference"] = paired.difference(values, base[name])
+            compared[name] = {key: plain(each) for key, each in both.items() if each}
+        failed = {seed: run["failed"] for seed, run in arm["runs"].items() if run["failed"]}
+        told = {key: value for key, value in arm.items() if key != "runs"}
+        curves = {seed: run["log"] for seed, run in arm["runs"].items() if run["log"]}
+        found.append({**told, "failed": failed, "scores": scores, "compared": compared, "curves": curves})
+    return found
+
+
+def plain(each):
+    """A Paired as json has it: nan becomes None."""
+    low, high = each.interval
+    numbers = {"value": each.mean, "standard_error": each.standard_error, "low": low, "high": high}
+    return {**{key: None if math.isnan(x) else x for key, x in numbers.items()}, "seeds": each.count,
+            "apart": each.apart}  # fmt: skip
+
+
+def to_csv(found):
+    """The text of a table with a line for each arm and metric."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(HEAD)
+    for arm in found:
+        for name, both in arm["compared"].items():
+            mean, difference = both["mean"], both.get("difference") or {}
+            row = [arm["name"], name, mean["seeds"], mean["value"], mean["standard_error"]]
+            row += [difference.get(key) for key in ("value", "standard_error", "low", "high", "apart")]
+            lines.writerow(["" if cell is None else cell for cell in row])
+    return text.getvalue()
+
+
+def page(title, arms, found, speeds, notes):
+    """The blocks of the page."""
+    there = [name for name in tables.NAMES if any(name in arm["compared"] for arm in found)]
+    blocks = [pages.Heading(title, 1), *map(pages.Text, notes), summary(found, speeds)]
+    blocks.append(pages.Text(
+        "Numbers are means over seeds ± their standard error; differences are to the base, seed by seed. The interval "
+        "is Student's, of 95 %: where it holds 0, nothing is claimed. Of twenty intervals about arms without any "
+        "effect one leaves 0 out by chance."
+    ))  # fmt: skip
+    blocks += [block for name in there for block in (pages.Heading(tables.NAMES[name], 3), metric_table(name, found))]
+    for arm in found:
+        blocks += [pages.Text(f"{arm['name']}, seed {seed}: {why}") for seed, why in arm["failed"].items()]
+    for column, label in (("loss", "training loss"), ("fid", "Frechet distance of the average")):
+        lines = {arm["name"]: mean_curve(arm["curves"], column) for arm in found}
+        lines = {name: line for name, line in lines.items() if line}
+        if lines:
+            blocks.append(pages.Picture(column, f"{label} over training, mean over seeds",
+                                        gallery.curves(lines, "images seen", label, label)))  # fmt: skip
+    for number, arm in enumerate(arms):
+        blocks += grid(number, arm)
+    return blocks
+
+
+def summary(found, speeds):
+    """The table like the paper's: what each arm changes, what it costs, and its Frechet distance."""
+    head = "arm|changes|parameters|GFLOP an image|updates|looks a sample|images/s|FID|difference|95 % interval"
+    rows = []
+    for arm in found:
+        fid = arm["compared"].get("fid", {})
+        speed = f"{speeds[arm['name']]:.3g}" if arm["name"] in speeds else "-"
+        changes = f"{arm['changes']} ({arm['near']})" if arm["near"] else arm["changes"]
+        rows.append([arm["name"], changes, f"{arm['parameters']:,}", f"{arm['operations'] / 1e9:.3g}",
+                     f"{arm['iterations']:,}", str(arm["evaluations"]), speed, shown(fid.get("mean")),
+                     shown(fid.get("difference")), interval(fid.get("difference"))])  # fmt: skip
+        if not fid:
+            rows[-1][7] = next((why.split(":")[0] for why in arm["failed"].values()), "-")
+    return pages.Table(head.split("|"), rows)
+
+
+def metric_table(name, found):
+    """The table of one metric."""
+    rows = []
+    for arm in found:
+        both = arm["compared"].get(name, {})
+        difference = both.get("difference")
+        apart = {True: "yes", False: "no"}.get(difference and difference["apart"], "")
+        rows.append([arm["name"], str(both.get("mean", {}).get("seeds", 0)), shown(both.get("mean")), shown(difference),
+                     interval(difference), apart])  # fmt: skip
+    return pages.Table(["arm", "seeds", "mean", "difference", "95 % interval", "told apart"], rows)
+
+
+def shown(each):
+    """A plain Paired as text, with its standard error."""
+    return intervals.shown(each["value"], each["standard_error"]) if each else "-"
+
+
+def interval(each):
+    """Its interval as text."""
+    if not each or each["low"] is None:
+        return "-"
+    return intervals.shown_interval(each["low"], each["high"], each["standard_error"])
+
+
+def mean_curve(curves, column):
+    """(images seen, mean over seeds, standard errors or zeros) of {seed: {column: (xs, ys)}}, where all have values."""
+    given = [dict(zip(*each[column])) for each in curves.values() if column in each]
+    common = sorted(set.intersection(*map(set, given))) if given else []
+    if not common:
+        return None
+    values = np.array([[each[x] for x in common] for each in given], float)          # [seeds,points]
+    errors = values.std(0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(len(common))
+    return common, values.mean(0).tolist(), errors.tolist()
+
+
+def grid(number, arm):
+    """A picture of an arm's first samples, of its first seed that has any."""
+    for seed, run in arm["runs"].items():
+        if run["samples"]:
+            with np.load(run["samples"], allow_pickle=False) as npz:
+                images = npz["arr_0"][:GRID]
+            png = gallery.grid(images, 20)
+            return [pages.Picture(f"arm_{number:02d}", f"{arm['name']}: first samples of seed {seed}", png)]
+    return []

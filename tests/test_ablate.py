@@ -1,0 +1,444 @@
+"""Studies of arms: what is found before anything is trained, what is kept, what is paired, and what a kill changes."""
+
+import importlib.util
+import json
+import math
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import forked
+import numpy as np
+import pytest
+import torch as th
+
+from evaluations import outcome, paired
+from guided_diffusion import ablation, checkpoint, config, kept, script_util, unet
+from guided_diffusion.gaussian_diffusion import ModelVarType
+
+ROOT = Path(__file__).parent.parent
+
+STUDY = """
+title = "Tiny"
+data = "digits.npz"
+held_out = "digits.npz"
+seeds = [0, 1]
+[budget]
+images = 32
+[train]
+image_size = 8
+image_channels = 1
+class_cond = true
+num_classes = 10
+num_channels = 32
+num_res_blocks = 1
+num_head_channels = 32
+attention_resolutions = ""
+channel_mult = "1,1"
+noise_schedule = "cosine"
+random_flip = false
+batch_size = 4
+num_workers = 0
+lr = 1e-3
+ema_rate = "0.9"
+[sample]
+classes = "all"
+batch_size = 40
+timestep_respacing = 2
+[judge]
+classifier_width = 32
+classifier_depth = 1
+classifier_attention_resolutions = ""
+classifier_channel_mult = "1,1"
+classifier_num_head_channels = 32
+batch_size = 8
+iterations = 1
+random_crop = false
+random_flip = false
+num_workers = 0
+[evaluation]
+samples = 10
+[arms]
+"""
+ARM = '"added" = { use_scale_shift_norm = false }\n'
+WALK = '"DDIM" = { sample = { use_ddim = true } }\n'
+WILD = '"wild" = { lr = 1e30 }\n'
+RESULTS = "results.csv", "results.json", "report.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a few images of noise, labelled."""
+    path = tmp_path_factory.mktemp("study")
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(path / "digits.npz", arr_0=images, arr_1=np.arange(40) % 10)
+    return path
+
+
+def ablate():
+    spec = importlib.util.spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(folder, text, out, *words):
+    (folder / f"{out}.toml").write_text(text)
+    return forked.start("scripts/ablate.py", [f"{out}.toml", "--out", out, "--estimate", "False", *words], folder)
+
+
+def run(folder, text, out, *words):
+    (folder / "said.txt").unlink(missing_ok=True)
+    code = forked.ended(start(folder, text, out, *words))
+    return code, (folder / "said.txt").read_text()
+
+
+def content(folder, out):
+    return {name: (folder / out / name).read_bytes().replace(out.encode(), b"OUT") for name in RESULTS}
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """What a study says and writes that is never killed."""
+    code, said = run(folder, STUDY + ARM + WALK + WILD, "whole")
+    assert code == 0, said
+    return said, content(folder, "whole")
+
+
+def test_a_study_ends_with_a_table_and_marks_what_diverged(folder, whole):
+    said, files = whole
+    assert "4 arms x 2 seeds: 23 pieces of work, of which 0 are done" in said  # DDIM shares the base's training
+    assert said.count("wild, seed") == 2 and said.count("diverged: scripts/image_train.py ended with exit code 2") == 2
+    found = json.loads(files["results.json"])["arms"]
+    assert [arm["name"] for arm in found] == ["base", "added", "DDIM", "wild"]
+    assert set(found[3]["failed"]) == {"0", "1"} and found[3]["scores"] == {}
+    assert all(arm["iterations"] == 8 and arm["evaluations"] == 2 for arm in found)
+    for arm in found[1:3]:
+        a, b = ([each["scores"]["fid"][seed] for seed in "01"] for each in (arm, found[0]))
+        first, second = a[0] - b[0], a[1] - b[1]
+        difference = arm["compared"]["fid"]["difference"]
+        assert math.isclose(difference["value"], (first + second) / 2, rel_tol=1e-9)
+        assert math.isclose(difference["standard_error"], abs(first - second) / 2, rel_tol=1e-9)
+        assert math.isclose(difference["high"] - difference["value"], 12.706204736 * abs(first - second) / 2,
+                            rel_tol=1e-8)  # fmt: skip
+    rows = [line.split(",")[:3] for line in files["results.csv"].decode().splitlines()]
+    assert rows[0] == ["arm", "metric", "seeds"] and ["added", "fid", "2"] in rows and ["wild", "fid", "2"] not in rows
+    assert "| diverged |" in files["report.md"].decode() and b"data:image/png" in (
+        folder / "whole" / "report.html").read_bytes()
+    assert found[0]["curves"]["0"]["loss"][0] == [4 * step for step in range(1, 9)]
+
+
+@pytest.mark.parametrize("change", ["", '"four" = { num_res_blocks = 4 }\n'])
+def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, whole, change):
+    before = {path: path.stat().st_mtime_ns for path in (folder / "whole" / "work").glob("*/*/*")}
+    text = STUDY + ARM + WALK + (change or WILD)
+    code, said = run(folder, text, "whole", "--run", "False")
+    told = "19 pieces of work, of which 19 are done" if not change else "23 pieces of work, of which 17 are done"
+    assert code == 0 and told in said
+    assert ("2 done pieces in whole/work are of another state of the study file, and are not used" in said) == bool(
+        change)
+    if not change:
+        assert run(folder, text, "whole")[0] == 0
+        assert content(folder, "whole") == whole[1]
+    assert {path: path.stat().st_mtime_ns for path in (folder / "whole" / "work").glob("*/*/*")} == before
+
+
+def test_a_study_killed_three_times_ends_with_the_same_files(folder, whole):
+    """Killed in a training, in the sampling after it, and in the last arm: aimed at files, not seconds."""
+    text = STUDY + ARM + WALK + WILD
+    for pattern, count in (("train/*/model000004.pt", 1), ("sample/*/output.txt", 2), ("score/*/scores.json", 5)):
+        pid, deadline = start(folder, text, "killed"), time.monotonic() + 60
+        while len(list((folder / "killed" / "work").glob(pattern))) < count:
+            assert time.monotonic() < deadline, (folder / "said.txt").read_text()
+            time.sleep(0.005)
+        assert forked.kill(pid) == -9
+    code, said = run(folder, text, "killed")
+    assert code == 0, said
+    assert content(folder, "killed") == whole[1]
+
+
+def test_arms_run_side_by_side_each_on_a_device():
+    """Four runs on two devices: two at a time, never two on one, and one that fails does not stop the others."""
+    program, busy, seen, both = ablate(), [], [], threading.Barrier(2, timeout=30)
+
+    class Work:
+        plan = SimpleNamespace(study={"seeds": [0, 1]}, arms=[SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+
+        def judge(self, device):
+            assert not seen
+
+        def score(self, arm, seed, device):
+            busy.append(device)
+            both.wait()
+            seen.append(sorted(busy))
+            both.wait()
+            busy.remove(device)
+            raise kept.Diverged("the loss is not finite") if (arm.name, seed) == ("b", 0) else OSError("no room")
+
+    failed = program.run_all(Work(), ["cuda:0", "cuda:1"])
+    assert seen == [["cuda:0", "cuda:1"]] * 4
+    assert failed.pop(("b", 0)) == "diverged: the loss is not finite" and set(failed.values()) == {"failed: no room"}
+
+
+GUIDE = """
+[classifier]
+classifier_width = 32
+classifier_depth = 1
+classifier_attention_resolutions = ""
+classifier_channel_mult = "1,1"
+classifier_num_head_channels = 32
+iterations = 1
+num_workers = 0
+"""
+
+
+def test_a_guided_study_with_a_budget_in_seconds_goes_on_after_a_failure(folder):
+    """What the samples are guided by is trained for each arm that changes it; speeds and distances are told."""
+    text = STUDY.replace("images = 32", "seconds = 0.05").replace("[0, 1]", "[3]").replace("[arms]", GUIDE + "[arms]")
+    text = text.replace("samples = 10", "samples = 10\npoints = 1").replace("class_cond = true", "class_cond = false")
+    text = text.replace("[sample]", "[sample]\nclassifier_scale = 2")
+    text += '"clean" = { classifier = { noised = false } }\n"few" = { sample = { classes = "0:3" } }\n'
+    for attempt in (1, 2):
+        code, said = run(folder, text, "guided", "--estimate", "True", "--price", "2")
+        assert code == 2 and "few, seed 3: failed: scripts/classifier_sample.py ended with exit code 2; --cl" in said
+        assert "came to nothing, and will be tried again by the same command: few, seed 3" in said
+        assert "10 pieces of work, of which 0 are done" in said if attempt == 1 else "of which 8 are done" in said
+        assert "at 2 an hour" in said
+    found = json.loads((folder / "guided" / "results.json").read_text())["arms"]
+    assert [bool(arm["scores"]) for arm in found] == [True, True, False] and list(found[2]["failed"]) == ["3"]
+    speeds = json.loads((folder / "guided" / "speed.json").read_text())
+    assert len(speeds) == 3  # one network, one judge, one guide: "clean" trains it in the same time
+    assert found[0]["iterations"] in [max(1, math.ceil(0.05 * speed / 4 - 1e-9)) for speed in speeds.values()]
+    assert len(found[0]["curves"]["3"]["fid"][0]) == 1
+    assert len(list((folder / "guided" / "work").glob("classifier/*/done.json"))) == 2
+
+
+# -------------------------------------------------------------------------------------------------------- bad studies
+
+
+@pytest.mark.parametrize("text, said", [
+    (STUDY + '"x" = { num_chanels = 64 }', "arm 'x', train: unknown flag --num_chanels; did you mean --num_ch"),
+    (STUDY + '"x" = { use_ddim = true }', "arm 'x': use_ddim is no option of training: write sample = { use_ddim"),
+    (STUDY + '"x" = { sample = { use_dim = true } }', "arm 'x', sample: unknown flag --use_dim; did you mean --use"),
+    (STUDY + '"x" = { num_channels = 40 }', "arm 'x' cannot be built: model_channels 40"),
+    (STUDY + '"x" = { channel_mult = "1,1,1,1,1" }', "arm 'x' cannot be built: image_size 8 is not divisible by 16"),
+    (STUDY + '"x" = { learned_variance = "free" }', "arm 'x' cannot be built: --learned_variance free has no effect"),
+    (STUDY + '"x" = { ema_rate = "2" }', "arm 'x' cannot be built: an ema_rate is a decay in [0, 1)"),
+    (STUDY + '"x" = { sample = { sampler = "ddmp" } }', "arm 'x' cannot be built: unknown sampler: ddmp"),
+    (STUDY + '"x" = { sample = { guidance_scale = 2 } }', "arm 'x' cannot be built: --guidance_scale 2.0: the model"),
+    (STUDY + '"x" = { batch_size = 64 }', "arm 'x': "),
+    (STUDY + '"x" = { seed = 3 }', "arm 'x': seed is set by the study itself"),
+    (STUDY + '"x" = { iterations = 3 }', "arm 'x': iterations follow from [budget]"),
+    (STUDY + '"x" = { classifier = { noised = false } }', "arm 'x' changes a classifier, and the study has none"),
+    (STUDY + '"x" = { dropout = 0.0 }', "arms 'base' and 'x' are equal"),
+    (STUDY + '"x" = { dropout = 0.1 }\n"y" = { dropout = 1e-1 }', "arms 'x' and 'y' are equal"),
+    (STUDY + '"x" = 3', "arm 'x' must be a table of what it changes"),
+    (STUDY + '"base" = { dropout = 0.1 }', "an arm is called 'base'"),
+    (STUDY, "[arms] is empty"),
+    (STUDY.replace("samples = 10", "samples = 5") + ARM, "5 samples are too few for precision, recall, density"),
+    (STUDY.replace("[budget]", "[bugdet]") + ARM, "unknown entry 'bugdet'; did you mean budget?"),
+    (STUDY.replace("images = 32", "images = 32\nseconds = 3") + ARM, "give images, as 64000, or seconds"),
+    (STUDY.replace("seeds = [0, 1]", "seeds = [0, 0]") + ARM, "seeds [0, 0]: give different whole numbers"),
+    (STUDY.replace("seeds = [0, 1]", 'seeds = "0"') + ARM, "seeds must be of the kind of [0, 1, 2], not '0'"),
+    (STUDY.replace("digits.npz", "none.npz") + ARM, "none.npz"),
+    ('match = "width"\n' + STUDY + ARM, "match 'width' is none of"),
+    ('match = "parameters"\n' + STUDY + '"x" = { num_channels = 64 }', "arm 'x' sets num_channels, which match"),
+    (STUDY.replace("images = 32", "seconds = 32") + ARM, "a budget in seconds needs the measured speed"),
+    ("title = ", "is no toml file"),
+])
+def test_bad_studies_are_refused_before_anything_is_trained(folder, tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(folder)
+    (tmp_path / "x.toml").write_text(text)
+    monkeypatch.setattr("sys.argv", ["ablate", str(tmp_path / "x.toml"), "--out", str(tmp_path / "out"), "--estimate",
+                                     "False"])  # fmt: skip
+    program = ablate()
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        program.main()
+    assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_reference_images_too_few_for_the_metric(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    np.savez(tmp_path / "few.npz", arr_0=np.zeros((5, 8, 8, 1), np.uint8))
+    text = STUDY.replace("samples = 10", f'samples = 10\nreference = "{tmp_path}/few.npz"')
+    (tmp_path / "x.toml").write_text(text + ARM)
+    study = ablation.read(tmp_path / "x.toml")
+    with pytest.raises(ValueError, match="5 reference images are too few for precision, recall, density and coverage"):
+        ablate().Plan(study, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+def arms(text, **more):
+    study = ablation.ENTRIES | ablation._toml().loads(text) | more
+    study["budget"] = ablation.BUDGET | study["budget"]
+    found = ablation.arms_of(study)
+    ablation.set_iterations(study, found)
+    return found
+
+
+def test_operations_are_those_of_the_formula():
+    class Net(th.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = th.nn.Conv2d(3, 96, 3, padding=1, device="meta")
+            self.attention = unet.QKVAttentionLegacy(4)
+
+        def forward(self, x, t):
+            return self.attention(self.conv(x).flatten(2))
+
+    flags = config.defaults(config.ModelOptions) | {"image_size": 16}
+    conv, attention = 2 * 9 * 3 * 96 * 256, 2 * 2 * 256**2 * 32
+    assert ablation.operations(Net(), flags) == conv + attention
+
+
+def test_matched_arms_have_the_nearest_width_and_say_how_near():
+    text = STUDY.replace("num_channels = 32", "num_channels = 128") + '"x" = { num_res_blocks = 3 }'
+    base, arm = arms(text)
+    assert (base.parameters, arm.near) == (arms(text, match="parameters")[0].parameters, "")
+    assert arm.parameters > 1.3 * base.parameters
+    matched = arms(text, match="parameters")[1]
+    assert matched.args["train"].num_channels == 96 and matched.typed["train"]["num_channels"] == 96
+    ratio = matched.parameters / base.parameters
+    assert matched.near == f"width 96: {ratio:.2f} of the base's parameters" and 0.8 < ratio < 1.1
+    with th.device("meta"):  # the widths beside it are further off
+        for width in (64, 128):
+            net = script_util.build("diffusion", arm.flags() | {"num_channels": width})
+            other = sum(p.numel() for p in net.parameters()) / base.parameters
+            assert abs(math.log(other)) > abs(math.log(ratio))
+    matched = arms(text, match="compute")[1]
+    assert 0.7 < matched.operations / base.operations < 1.4 and "operations" in matched.near
+    base, trained = arms(text, match="training", budget={"images": 4000})
+    assert trained.args["train"].num_channels == 128 and base.iterations == 1000
+    assert trained.iterations == math.ceil(1000 * base.operations / trained.operations)
+
+
+def test_the_budget_gives_updates_by_images_or_by_measured_seconds():
+    text = STUDY + '"x" = { batch_size = 5 }'
+    assert [arm.iterations for arm in arms(text)] == [8, 7]  # 32 / 4, 32 / 5 upwards
+    study = {"budget": {"images": 0, "seconds": 10.0}, "match": ""}
+    found = arms(text)
+    ablation.set_iterations(study, found, {"base": 20.0, "x": 10.0})
+    assert [arm.iterations for arm in found] == [50, 20]
+
+
+def test_the_checkpoint_that_is_drawn_with():
+    lines = '"none" = { ema_rate = "" }\n"half" = { ema_halflife = "0.5", ema_rate = "" }'
+    assert [arm.checkpoint for arm in arms(STUDY + lines)] == [
+        "ema_0.9_000008.pt", "model000008.pt", "ema_halflife0.5_000008.pt"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- work that is kept
+
+
+def test_work_is_done_once_and_failures_that_last_are_remembered(tmp_path):
+    done = []
+
+    def work(folder):
+        done.append(folder)
+        if len(done) == 1:
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        kept.do(tmp_path, "train", {"a": 1, "b": 2}, work)
+    assert kept.told(tmp_path, "train", {"a": 1, "b": 2}) is None
+    for _ in range(2):
+        folder = kept.do(tmp_path, "train", {"b": 2, "a": 1}, work)
+    assert len(done) == 2 and folder == kept.folder_of(tmp_path, "train", {"a": 1, "b": 2})
+
+    def wild(folder):
+        done.append(folder)
+        raise ValueError("the loss is not finite")
+
+    for _ in range(2):
+        with pytest.raises(kept.Diverged, match="not finite"):
+            kept.do(tmp_path, "train", {"a": 2}, wild)
+    assert len(done) == 3
+    assert kept.others(tmp_path, [folder]) == [kept.folder_of(tmp_path, "train", {"a": 2})]
+
+
+# -------------------------------------------------------------------------------------------------- paired differences
+
+
+def test_paired_differences_are_those_of_student():
+    """Student's sleep data (1908, the first use of the t): mean difference 1.58, s 1.23, t = 4.06 with 9 degrees."""
+    first = dict(enumerate([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]))
+    second = dict(enumerate([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]))
+    found = paired.difference(second, first)
+    assert (round(found.mean, 2), found.count, found.apart) == (1.58, 10, True)
+    assert round(found.mean / found.standard_error, 4) == 4.0621
+    assert [round(end, 7) for end in found.interval] == [0.7001142, 2.4598858]  # R: t.test(..., paired = TRUE)
+    common = paired.difference({1: 5.0, 2: 6.0, 9: 0.0}, {1: 4.0, 2: 3.0})  # the seeds that both have
+    assert (common.mean, common.standard_error, common.count) == (2.0, 1.0, 2) and not common.apart
+    assert math.isclose(common.interval[1], 2 + 12.706204736174698, rel_tol=1e-12)
+    alone = paired.difference({1: 5.0}, {1: 4.0})
+    assert alone.mean == 1 and math.isnan(alone.standard_error) and not alone.apart
+    assert paired.difference({1: 5.0}, {2: 4.0}) is None
+    assert not paired.mean([1.0, 1.0, 1.0]).apart  # no spread is no certainty
+    for freedom, t in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622)):
+        assert round(paired.quantile(freedom), 4) == t
+
+
+def test_curves_are_means_over_seeds_where_all_have_values():
+    curves = {0: {"loss": ([4, 8, 12], [3.0, 2.0, 1.0])}, 1: {"loss": ([4, 8], [1.0, 2.0])}}
+    assert outcome.mean_curve(curves, "loss") == ([4, 8], [2.0, 2.0], [1.0, 0.0])
+    assert outcome.mean_curve(curves, "fid") is None
+
+
+# --------------------------------------------------------------------------------------------------------- new options
+
+
+def test_rescaled_residual_sums_are_divided_by_the_root_of_two():
+    th.manual_seed(0)
+    x, emb = th.randn(2, 32, 4, 4), th.randn(2, 16)
+    blocks = (unet.ResBlock, (32, 16, 0.0)), (unet.ResBlock, (32, 16, 0.0, 64)), (unet.AttentionBlock, (32, 2))
+    for kind, given in blocks:
+        plain, scaled = kind(*given), kind(*given, rescale=True)
+        for parameter in plain.parameters():
+            parameter.data.normal_()
+        scaled.load_state_dict(plain.state_dict())
+        given = (x, emb) if isinstance(plain, unet.ResBlock) else (x,)
+        assert th.allclose(scaled(*given) * 2**0.5, plain(*given), atol=1e-5)
+    base = arms(STUDY + '"x" = { residual_rescale = true }')
+    for residual_rescale, arm in ((False, base[0]), (True, base[1])):
+        with th.device("meta"):
+            net = script_util.build("diffusion", arm.flags())
+        blocks = [each for each in net.modules() if isinstance(each, unet.ResBlock | unet.AttentionBlock)]
+        assert len(blocks) > 8 and {each.rescale for each in blocks} == {residual_rescale}
+    flags = config.defaults(config.ClassifierOptions) | {"classifier_residual_rescale": True}
+    with th.device("meta"):
+        net = script_util.build("classifier", flags)
+    assert all(each.rescale for each in net.modules() if isinstance(each, unet.ResBlock | unet.AttentionBlock))
+
+
+def test_a_checkpoint_opens_with_the_options_that_only_its_config_tells(tmp_path):
+    flags = arms(STUDY + '"x" = { residual_rescale = true, learn_sigma = true, learned_variance = "free" }')[1].flags()
+    net, diffusion = script_util.create_model_and_diffusion(**flags)
+    assert diffusion.model_var_type == ModelVarType.LEARNED
+    checkpoint.save(net.state_dict(), str(tmp_path / "model000001.pt"))
+    checkpoint.write_config(str(tmp_path), "diffusion", flags)
+    opened, diffusion, found = script_util.open_diffusion(str(tmp_path / "model000001.pt"))
+    assert found == flags and diffusion.model_var_type == ModelVarType.LEARNED and opened.middle_block[0].rescale
+    with pytest.raises(ValueError, match="--learned_variance free has no effect without --learn_sigma True"):
+        script_util.process_of(flags | {"learn_sigma": False})
+    usual = script_util.process_of(flags | {"learned_variance": "range"})
+    assert usual.model_var_type == ModelVarType.LEARNED_RANGE
+
+
+def test_a_freely_learned_variance_is_what_the_network_says():
+    flags = config.defaults(config.DiffusionOptions) | {"learn_sigma": True, "learned_variance": "free"}
+    diffusion = script_util.process_of(flags)
+    x = th.randn(2, 3, 4, 4)
+    said = th.full((2, 3, 4, 4), -3.0)
+    found = diffusion.p_mean_variance(lambda x, t: th.cat([x, said], 1), x, th.tensor([5, 900]))
+    assert (found["log_variance"] == -3).all() and th.allclose(found["variance"], th.full_like(x, math.exp(-3)))
+
+
+def test_the_words_of_an_arm_are_those_of_a_command_line():
+    assert ablation.words({"lr": 1e-3, "class_cond": True, "prompts": ["a b", "c"]}) == [
+        "--lr", "0.001", "--class_cond", "True", "--prompts", "a b", "c"]  # fmt: skip
+    args = config.parse("", *ablation.GROUPS["train"], argv=["--seed", "3", "--dropout", "0.0", "--lr", "0.5"])
+    assert ablation.chosen(args) == {"lr": 0.5}
