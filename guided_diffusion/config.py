@@ -646,6 +646,11 @@ class TextToImageOptions(_Sampling):
         0, "draw so many pictures on the way from each prompt or picture to the next, both included; 0: none"
     )
     num_samples: int = changed(_Sampling, "num_samples", 16)
+    guidance_scale: float = changed(
+        _Sampling, "guidance_scale", 1.0, "classifier-free guidance of the decoder, away from its prediction without"
+        " embedding and text; 1: none; other values need a decoder trained with --embedding_dropout"
+    )  # fmt: skip
+    guide_path: str = changed(_Sampling, "guide_path", "", "not for decoders: keep it empty")
     prior_scale: float = option(1.0, "classifier-free guidance of the prior; 1: none")
     prior_steps: int = option(64, "steps of the prior, or as many as it has; 0: all")
     prior_candidates: int = option(2, "embeddings drawn for each image, of which the one nearest to the text is kept")

@@ -190,6 +190,7 @@ def test_two_processes_contrast_all_their_pairs(here, tmp_path):
 
 @pytest.mark.parametrize("kind, more, pattern", [
     ("clip", "--microbatch 4", "--microbatch 4: CLIP contrasts each pair with all others"),
+    ("clip", "--batch_size 1", "--batch_size 1: CLIP learns from the contrasts of a batch, and one pair has none"),
     ("clip", "--sharding fsdp", "--sharding fsdp: CLIP is trained in one piece"),
     ("clip", "--precision bf16", "--precision bf16: this network, a small transformer, trains in fp32"),
     ("clip", "--data_dir plain.npz", "plain.npz has no array texts .* datasets/captions.py makes it"),
@@ -333,6 +334,16 @@ def test_variations_and_ways_between_pictures(home, tmp_path):
     assert ways["arr_0"].shape == (6, 8, 8, 1)  # two ways of three pictures
     between = draw(home, tmp_path / "c", f"{PROMPTS} --interpolate 4")
     assert between["arr_0"].shape == (4, 8, 8, 1) and "texts" not in between
+
+
+@pytest.mark.parametrize("interpolate, explicit, count", [(0, (), 4), (3, (), 24), (2, ("num_samples",), 3)])
+def test_no_more_pictures_are_read_than_are_drawn_from(here, interpolate, explicit, count):
+    """Of the 24 there are: one for each of 4 samples; all, on the ways between all; the ends of two ways of 2."""
+    args = SimpleNamespace(images="data.npz", num_samples=4, interpolate=interpolate, explicit=set(explicit))
+    flags = {"image_size": 8, "image_channels": 1}
+    with np.load("data.npz") as archive:
+        wanted = th.from_numpy(archive["arr_0"][:count]).permute(0, 3, 1, 2) / 127.5 - 1
+    assert th.allclose(prompting.read_images(args, flags), wanted, atol=1e-6)
 
 
 def test_the_ends_of_a_way_are_its_anchors(home, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from itertools import islice
 
 import torch as th
 
@@ -122,12 +123,15 @@ def null_of(args, null):
 
 
 def read_images(args, flags):
-    """The pictures of --images, [P,C,S,S] in [-1,1], in the order of their names."""
+    """The pictures of --images, [P,C,S,S] in [-1,1], in the order of their names, as many as are drawn from."""
+    count = args.num_samples
+    if args.interpolate:
+        count = count // args.interpolate + 1 if "num_samples" in args.explicit else None
     data = load_data(
         data_dir=args.images, batch_size=1, image_size=config.size_of(flags), image_channels=flags["image_channels"],
         deterministic=True, random_flip=False, num_workers=0, once=True,
     )  # fmt: skip
-    return th.cat([x for x, _ in data])
+    return th.cat([x for x, _ in islice(data, count)])
 
 
 def ways(args, embeddings, prompts):

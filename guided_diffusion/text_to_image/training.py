@@ -43,7 +43,12 @@ def check_fp32(args):
 
 
 def check_whole(args):
-    """Raise ValueError for parts of a batch, which CLIP contrasts as a whole, and for parts of the network."""
+    """
+    Raise ValueError for parts of a batch, which CLIP contrasts as a whole, for a batch without contrasts, and for parts
+    of the network. After `program.start`, which counts the processes.
+    """
+    if args.batch_size == 1 == dist_util.world_size():
+        raise ValueError("--batch_size 1: CLIP learns from the contrasts of a batch, and one pair has none: give more")
     if args.sharding != "none":
         raise ValueError(f"--sharding {args.sharding}: CLIP is trained in one piece: drop it")
     if 0 < args.microbatch < args.batch_size:
