@@ -257,6 +257,9 @@ def test_zero_shot_takes_the_nearest_text_and_averages_several():
     assert clips.classify(oracle, x, ["a", "b"]).tolist() == [0, 1, 1, 0, 1]
     assert clips.classify(oracle, x, [["a"], ["also b", "b"]], batch_size=2).tolist() == [0, 1, 1, 0, 1]
     assert clips.classify(oracle, x, ["b", "a"]).tolist() == [1, 0, 0, 1, 0]
+    # Of the texts of a class all count: the first alone would be as far from b as those of class 0.
+    oracle = Known(["a", "far", "b"], [a, th.eye(3)[2], b], th.stack([a, b]))
+    assert clips.classify(oracle, x, [["a"], ["far", "b"]]).tolist() == [0, 1, 1, 0, 1]
 
 
 def test_captions_of_classes():
@@ -275,6 +278,12 @@ def test_pictures_are_shifted_whole():
     corners = task.condition(th.zeros(4000, 1, 1, 1), {}, np.random.default_rng(0), None)["corner"]
     assert sorted(corners.unique().tolist()) == [0, 1, 2, 3, 4]
     assert (corners.float().mean(0) - 2).abs().max() < 4 * math.sqrt(2 / 4000)
+    x, seen, ids = th.rand(3, 1, 8, 8), [], th.ones(3, task.net.length, dtype=th.int64)
+    cond = {"caption": ids, "corner": th.zeros(3, 2, dtype=th.int64)}
+    task.net.image.patches.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for training_now in (True, False):  # held-out pictures stay where they are
+        task.loss(task.net.train(training_now), x, cond, None, None)
+    assert not th.equal(seen[0], seen[1]) and th.equal(seen[1], (x - task.net.mean) / task.net.std)
     with pytest.raises(ValueError, match="--crop_padding is a number of pixels, 0 or more, not -1"):
         tasks.ClipTask(tiny_clip(), -1)
 
@@ -290,6 +299,15 @@ def test_a_causal_transformer_does_not_look_ahead():
     assert th.equal(out[:, :4], changed[:, :4]) and not th.equal(out[:, 4], changed[:, 4])
     both_ways = lively(Transformer(32, 2, 2))
     assert not th.allclose(both_ways(x)[:, :4], both_ways(later)[:, :4])
+
+
+def test_the_prior_is_causal():
+    """What it makes of the caption does not know the embedding that is being drawn."""
+    net, cond, seen = tiny_prior(), told(), []
+    net.transformer.register_forward_hook(lambda _, __, out: seen.append(out))
+    for x in (th.zeros(3, 16), th.ones(3, 16)):
+        net(x, th.tensor([0, 5, 9]), **cond)
+    assert th.equal(seen[0][:, :-2], seen[1][:, :-2]) and not th.allclose(seen[0][:, -2:], seen[1][:, -2:])
 
 
 def test_m3_09_the_prediction_depends_on_all_that_counts_and_on_no_padding():

@@ -371,9 +371,22 @@ def test_larger_pictures(home, tmp_path):
     with np.load(tmp_path / "a" / "enlarged" / "samples_4x16x16x1.npz") as large:
         assert large["arr_0"].shape == (4, 16, 16, 1) and large["texts"].tolist()[:2] == [
             "a dark picture", "a light picture"]  # fmt: skip
-    draw(home, tmp_path / "b", f"{more} --interpolate 2")
+    draw(home, tmp_path / "b", f"{more} --interpolate 2 --guidance_scale 2 --guidance_interval 0,5")
     with np.load(tmp_path / "b" / "enlarged" / "samples_4x16x16x1.npz") as large:
         assert large.files == ["arr_0"]  # a picture between two prompts is of neither
+    args = SimpleNamespace(super_res_path=f"{tmp_path}/sr/model000001.pt", timestep_respacing="3", guidance_scale=2.0,
+                           explicit={"timestep_respacing", "guidance_scale"})  # fmt: skip
+    _, process, _ = prompting.larger_of(args, {"image_size": 8, "image_channels": 1}, "cpu")
+    assert process.num_timesteps == 3  # as of the decoder
+
+
+def test_the_seed_is_also_that_of_the_embeddings(here):
+    args = config.parse("", config.TextToImageOptions, config.RunOptions, argv=WITH_PRIOR.split())
+    clip, drawn = models.open_clip("clip/model000004.pt"), []
+    for args.seed in (0, 1, 0):
+        embeddings = prompting.embeddings_of(args, clip, ["dark"], {"text_layers": 0}, "cpu")
+        drawn.append(embeddings([0]))
+    assert th.equal(drawn[0], drawn[2]) and not th.equal(drawn[0], drawn[1])
 
 
 def test_guidance_takes_away_what_was_dropped_in_training(here, sure):
