@@ -3,7 +3,6 @@ The decoder of unCLIP (Ramesh et al. 2022, arXiv 2204.06125, section 2.1): from 
 caption if there is one, to the picture. It is `UNetModel`, whose tokens are those of the caption and of the embedding.
 """
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -98,9 +97,7 @@ def dropping(embedding_rate, caption_rate):
     def drop(cond, rng):
         for name, rate in rates.items():
             if name in cond:
-                where = torch.from_numpy(np.asarray(rng.random(len(cond[name])) < rate))
-                where = where.to(cond[name].device, non_blocking=True)            # [N]
-                cond = guidance.nulled(cond, {name: NULL[name]}, where)
+                cond = guidance.dropped(cond, rng, {name: NULL[name]}, rate)
         return cond
 
     return drop
