@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, guidance, health, logger, memory, published, runs, signals, text
+from . import checkpoint, config, dist_util, ema, guidance, health, logger, memory, published, runs, signals, text
 from .compiling import compile_blocks
 from .fp16_util import PRECISIONS
 from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
@@ -241,6 +241,12 @@ def dropping(flags):
     """What training does with the conditions of a network of these flags: `Trainer`'s drop, or None."""
     null = config.nulls(flags)
     return partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
+
+
+def averaging(args):
+    """What the loop of a network with averaged weights takes besides `loop_options`, from TrainOptions."""
+    averages = ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup)
+    return {"averages": averages, "lr_anneal_steps": args.lr_anneal_steps}
 
 
 def alone():

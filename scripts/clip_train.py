@@ -6,7 +6,7 @@ from guided_diffusion.config import ClipOptions, ClipTrainOptions, RunOptions
 OPTIONS = ClipTrainOptions, ClipOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
 
-from guided_diffusion import ema, program
+from guided_diffusion import program
 from guided_diffusion.text_to_image import models, training
 from guided_diffusion.text_to_image.tasks import ClipTask, with_captions
 from guided_diffusion.train_util import Trainer
@@ -26,9 +26,8 @@ def main():
         ClipTask(clip, args.crop_padding),
         with_captions(data, flags["context_length"]),
         val_data=held_out and with_captions(held_out, flags["context_length"]),
-        averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
-        lr_anneal_steps=args.lr_anneal_steps,
         watchers=training.zero_shot_watchers(args, flags),
+        **program.averaging(args),
         **program.loop_options(args, flags),
     )
     program.begin_run(args, folder, "clip", flags, data)

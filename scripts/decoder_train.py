@@ -12,7 +12,7 @@ from guided_diffusion.config import (
 OPTIONS = DecoderTrainOptions, PictureOptions, DecoderOptions, DecoderProcessOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
 
-from guided_diffusion import ema, program
+from guided_diffusion import program
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import process_of
 from guided_diffusion.text_to_image import decoder, models, training
@@ -37,12 +37,11 @@ def main():
         DiffusionTask(models.create_decoder(flags).to(device), diffusion, sampler),
         with_embeddings(data, clip, flags["context_length"]),
         val_data=held_out and with_embeddings(held_out, clip, flags["context_length"]),
-        averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
-        lr_anneal_steps=args.lr_anneal_steps,
         precision=program.precision_of(args, flags, "use_fp16"),
         fp16_scale_growth=args.fp16_scale_growth,
         drop=drop,
         watchers=training.picture_watchers(args, flags, diffusion, clip),
+        **program.averaging(args),
         **program.loop_options(args, flags),
     )
     dropped = {"embedding": args.embedding_dropout, "caption": args.caption_dropout}

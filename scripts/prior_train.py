@@ -8,7 +8,7 @@ from guided_diffusion.config import PriorOptions, PriorProcessOptions, PriorTrai
 OPTIONS = PriorTrainOptions, PriorOptions, PriorProcessOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
 
-from guided_diffusion import ema, guidance, program
+from guided_diffusion import guidance, program
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import process_of
 from guided_diffusion.text_to_image import decoder, models, prior, training
@@ -34,9 +34,8 @@ def main():
         DiffusionTask(models.create_prior(flags).to(device), diffusion, sampler),
         embedded(data, clip),
         val_data=held_out and embedded(held_out, clip),
-        averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
-        lr_anneal_steps=args.lr_anneal_steps,
         drop=partial(guidance.dropped, null=prior.NULL, rate=args.caption_dropout) if args.caption_dropout else None,
+        **program.averaging(args),
         **program.loop_options(args, flags),
     )
     program.begin_run(args, folder, "prior", flags, data, clip=told, dropped={"caption": args.caption_dropout})

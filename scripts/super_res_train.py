@@ -6,7 +6,7 @@ from guided_diffusion.config import DiffusionOptions, RunOptions, SuperResOption
 OPTIONS = SuperResTrainOptions, SuperResOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
 
-from guided_diffusion import ema, program
+from guided_diffusion import program
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import sr_create_model_and_diffusion
 from guided_diffusion.train_util import SuperResTask, Trainer
@@ -26,11 +26,10 @@ def main():
         task,
         data,
         val_data=program.open_validation_data(args, flags, flags["class_cond"], data.class_names),
-        averages=ema.parse(args.ema_rate, args.ema_halflife, args.ema_power, args.ema_warmup),
-        lr_anneal_steps=args.lr_anneal_steps,
         precision=program.precision_of(args, flags, "use_fp16"),
         fp16_scale_growth=args.fp16_scale_growth,
         drop=program.dropping(flags),
+        **program.averaging(args),
         **program.loop_options(args, flags),
     )
     program.begin_run(args, folder, "super_res", flags, data)
