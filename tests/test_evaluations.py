@@ -256,19 +256,25 @@ def test_classifier_features_are_at_t_0_of_images_in_minus_one_to_one(classifier
     assert got.spatial is None
 
 
-def test_a_classifier_checkpoint_of_this_project_is_opened_by_its_path(tmp_path):
+def write_classifier(folder, **flags):
+    """A small classifier of 16x16 images in 5 classes, no layer of it at zero, written as model000001.pt."""
     flags = script_util.classifier_defaults() | {
-        "image_size": 16, "image_channels": 1, "num_classes": 5, "classifier_width": 32, "classifier_depth": 1,
+        "image_size": 16, "num_classes": 5, "classifier_width": 32, "classifier_depth": 1,
         "classifier_channel_mult": "1,2", "classifier_attention_resolutions": "8",
         "classifier_num_head_channels": 32,
-    }
+    } | flags
     torch.manual_seed(0)
     classifier = script_util.create_classifier(**flags).eval()
     with torch.no_grad():
         for parameter in classifier.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))  # no layer is left at zero
-    checkpoint.save(classifier.state_dict(), str(tmp_path / "model000001.pt"))
-    checkpoint.write_config(str(tmp_path), "classifier", flags)
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    checkpoint.save(classifier.state_dict(), str(folder / "model000001.pt"))
+    checkpoint.write_config(str(folder), "classifier", flags)
+    return classifier
+
+
+def test_a_classifier_checkpoint_of_this_project_is_opened_by_its_path(tmp_path):
+    classifier = write_classifier(tmp_path, image_channels=1)
     images = random_images(0, 3, 16, 16, 1)
     got = features.make_extractor(str(tmp_path / "model000001.pt"))(images)
     x, t = torch.tensor(images / 127.5 - 1, dtype=torch.float32).permute(0, 3, 1, 2), torch.zeros(3)

@@ -5,29 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_evaluations import random_images
+from test_evaluations import random_images, write_classifier
 
 from evaluations import compare, evaluator, features, inception
 from evaluations.cache import Cache
-from guided_diffusion import checkpoint, script_util
-
-FLAGS = {
-    "image_size": 16, "image_channels": 3, "num_classes": 5, "classifier_width": 32, "classifier_depth": 1,
-    "classifier_channel_mult": "1,2", "classifier_attention_resolutions": "8", "classifier_num_head_channels": 32,
-}  # fmt: skip
+from guided_diffusion import script_util
 
 
 @pytest.fixture(scope="module")
 def classifier_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
-    flags = script_util.classifier_defaults() | FLAGS
-    torch.manual_seed(0)
-    classifier = script_util.create_classifier(**flags).eval()
-    with torch.no_grad():
-        for parameter in classifier.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))  # no layer is left at zero
-    checkpoint.save(classifier.state_dict(), str(folder / "model000001.pt"))
-    checkpoint.write_config(str(folder), "classifier", flags)
+    write_classifier(folder)
     return str(folder / "model000001.pt")
 
 
