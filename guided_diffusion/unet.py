@@ -105,7 +105,7 @@ class Upsample(nn.Module):
     def forward(self, x):
         if x.device.type != "cpu" or not x.is_contiguous():
             return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
-        for axis in self.axes:  # plain copies: on a CPU 3 to 10 times as fast as the kernel for any factor
+        for axis in self.axes:  # plain copies, without the index arithmetic of the kernel for any factor
             x = x.repeat_interleave(2, axis)
         return self.conv(x)
 
