@@ -189,16 +189,17 @@ def measured(plan, out, device):
     return speeds
 
 
-def seconds_of(plan, arm, seed, speeds):
-    """About how long what is left of a run takes."""
+def seconds_of(plan, arm, seed, speeds, counted):
+    """About how long what is left of a run takes, but for the pieces that are counted already; adds its own to them."""
     images = plan.study["evaluation"]["samples"]
     left = 0.0
     for kind, recipe in plan.pieces(arm, seed):
         failed = kept.told(plan.root, kind, recipe)
         if failed:
             break
-        if failed is not None:
+        if failed is not None or kept.key(recipe) in counted:
             continue
+        counted.add(kept.key(recipe))
         train = arm.args["train"].batch_size
         looks = {"train": arm.iterations * train, "sample": arm.evaluations * images * FORWARD_SHARE, "score": 0}
         if kind == "classifier":
@@ -229,7 +230,8 @@ def say_plan(plan, args, speeds, slots):
     if old:
         print(f"{len(old)} done pieces in {plan.root} are of another state of the study file, and are not used")
     if speeds:
-        left = sum(seconds_of(plan, arm, seed, speeds) for arm, seed in itertools.product(plan.arms, seeds))
+        counted = set()
+        left = sum(seconds_of(plan, arm, seed, speeds, counted) for arm, seed in itertools.product(plan.arms, seeds))
         if plan.judge and kept.told(plan.root, "judge", plan.of_judge()) is None:
             judge = plan.judge[1]
             left += judge.iterations * judge.batch_size / speeds["judge"] + STARTING_SEC

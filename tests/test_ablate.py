@@ -287,6 +287,35 @@ def arms(text, **more):
     return found
 
 
+def test_a_study_extends_another_name_by_name(tmp_path):
+    (tmp_path / "common.toml").write_text(STUDY + ARM)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "x.toml").write_text(
+        'extends = "../common.toml"\nseeds = [7]\n[train]\nlr = 3e-4\n[arms]\n"x" = { dropout = 0.1 }\n')
+    whole, found = ablation.read(tmp_path / "common.toml"), ablation.read(tmp_path / "below" / "x.toml")
+    assert found["train"] == whole["train"] | {"lr": 3e-4} and list(found["arms"]) == ["added", "x"]
+    changed = {"extends", "seeds", "train", "arms"}
+    assert found["seeds"] == [7] and {name for name in whole if whole[name] != found[name]} == changed
+    (tmp_path / "common.toml").write_text('extends = "below/x.toml"\n')
+    with pytest.raises(ValueError, match="a study cannot extend itself"):
+        ablation.read(tmp_path / "below" / "x.toml")
+    (tmp_path / "common.toml").write_text('sedes = [1]\n')
+    with pytest.raises(ValueError, match=r"common\.toml has an unknown entry 'sedes'; did you mean seeds\?"):
+        ablation.read(tmp_path / "below" / "x.toml")
+
+
+def test_shared_work_is_counted_once_in_the_time_that_is_told(folder, tmp_path, monkeypatch):
+    """32 images at 4 a second: 8 s of training; 10 samples of 2 looks, each a third of a step: 5/3 s; 5 s a start."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "x.toml").write_text(STUDY.replace("seeds = [0, 1]", "seeds = [0]") + WALK.replace('"added", ', ""))
+    program = ablate()
+    plan = program.Plan(ablation.read(tmp_path / "x.toml"), tmp_path)
+    plan.set_iterations({})
+    counted = set()
+    left = [program.seconds_of(plan, arm, 0, {"base": 4, "DDIM": 4}, counted) for arm in plan.arms]
+    assert np.allclose(left, [8 + 5 / 3 + 10, 5 / 3 + 5])
+
+
 def test_operations_are_those_of_the_formula():
     class Net(th.nn.Module):
         def __init__(self):
