@@ -26,7 +26,7 @@ from .config import (
 
 ENTRIES = {
     "extends": "", "title": "", "data": "", "held_out": "", "seeds": [0, 1, 2], "match": "", "axis": "", "budget": {},
-    "train": {}, "classifier": {}, "sample": {}, "judge": {}, "evaluation": {}, "arms": {},
+    "train": {}, "classifier": {}, "sample": {}, "judge": {}, "evaluation": {}, "arms": {}, "claims": {},
 }  # fmt: skip
 EVALUATION = {"samples": 500, "extractor": "inception", "weights": "", "reference": "", "batch_size": 64, "points": 0}
 BUDGET = {"images": 0, "seconds": 0.0}

@@ -36,7 +36,7 @@ config.answer_help(__name__, __doc__, *OPTIONS, positional=POSITIONAL)  # before
 
 import torch as th
 
-from evaluations import outcome, reference_files, sources, tables
+from evaluations import claims, outcome, reference_files, sources, tables
 from evaluations.evaluator import Scorer, Settings, write
 from evaluations.features import make_extractor
 from guided_diffusion import ablation, image_datasets, kept, pace, rehearsal, saves, study
@@ -56,6 +56,7 @@ class Plan:
     def __init__(self, content, out):
         self.study, self.root = content, out / "work"
         self.arms = ablation.arms_of(content)
+        claims.check(content["claims"], [arm.name for arm in self.arms])
         self.judge = ablation.judge_of(content, self.arms[0])
         opened = {}
         self.data = {}
@@ -437,8 +438,8 @@ def main():
         return
     runner = Runner(plan, out)
     failed = run_all(runner, slots)
-    title = content["title"] or f"Study {Path(args.study).stem}"
-    outcome.write(out, title, told(runner, failed), speeds, notes_of(plan), content["axis"])
+    content["title"] = content["title"] or f"Study {Path(args.study).stem}"
+    outcome.write(out, content, told(runner, failed), speeds, notes_of(plan))
     print(f"report: {out / 'report.html'}")
     broken = [f"{name}, seed {seed}" for (name, seed), why in failed.items() if why.startswith("failed")]
     if broken:

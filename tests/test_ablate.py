@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from evaluations import outcome, paired
+from evaluations import claims, outcome, paired
 from guided_diffusion import ablation, checkpoint, config, kept, script_util, unet
 from guided_diffusion.gaussian_diffusion import ModelVarType
 
@@ -64,6 +65,11 @@ samples = 10
 ARM = '"added" = { use_scale_shift_norm = false }\n'
 WALK = '"DDIM" = { sample = { use_ddim = true }, against = ["added", "base"] }\n'
 WILD = '"wild" = { lr = 1e30 }\n'
+CLAIMS = """
+[claims]
+"lower" = { arm = "added", of = "fid", below = "base", source = "nobody" }
+"alike" = { arm = "DDIM", of = "fid", near = "added", within = 1e9 }
+"""
 RESULTS = "results.csv", "results.json", "report.md"
 
 
@@ -101,7 +107,7 @@ def content(folder, out):
 @pytest.fixture(scope="module")
 def whole(folder):
     """What a study says and writes that is never killed."""
-    code, said = run(folder, STUDY + ARM + WALK + WILD, "whole")
+    code, said = run(folder, STUDY + ARM + WALK + WILD + CLAIMS, "whole")
     assert code == 0, said
     return said, content(folder, "whole")
 
@@ -124,6 +130,10 @@ def test_a_study_ends_with_a_table_and_marks_what_diverged(folder, whole):
         assert math.isclose(difference["standard_error"], abs(first - second) / 2, rel_tol=1e-9)
         assert math.isclose(difference["high"] - difference["value"], 12.706204736 * abs(first - second) / 2,
                             rel_tol=1e-8)  # fmt: skip
+    lower, alike = json.loads(files["results.json"])["claims"]
+    assert lower["finding"] == found[1]["compared"]["fid"]["differences"]["base"]
+    assert alike["finding"] == found[2]["compared"]["fid"]["differences"]["added"]
+    assert alike["verdict"] == "reproduced" and "| lower | nobody | FID, added - base |" in files["report.md"].decode()
     rows = [line.split(",")[:3] for line in files["results.csv"].decode().splitlines()]
     assert rows[0] == ["arm", "metric", "seeds"] and ["added", "fid", "2"] in rows and ["wild", "fid", "2"] not in rows
     assert "| diverged |" in files["report.md"].decode() and b"data:image/png" in (
@@ -134,7 +144,7 @@ def test_a_study_ends_with_a_table_and_marks_what_diverged(folder, whole):
 @pytest.mark.parametrize("change", ["", '"four" = { num_res_blocks = 4 }\n'])
 def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, whole, change):
     before = {path: path.stat().st_mtime_ns for path in (folder / "whole" / "work").glob("*/*/*")}
-    text = STUDY + ARM + WALK + (change or WILD)
+    text = STUDY + ARM + WALK + (change or WILD) + CLAIMS
     code, said = run(folder, text, "whole", "--run", "False")
     told = "19 pieces of work, of which 19 are done" if not change else "23 pieces of work, of which 17 are done"
     assert code == 0 and told in said
@@ -148,7 +158,7 @@ def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, w
 
 def test_a_study_killed_three_times_ends_with_the_same_files(folder, whole):
     """Killed in a training, in the sampling after it, and in the last arm: aimed at files, not seconds."""
-    text = STUDY + ARM + WALK + WILD
+    text = STUDY + ARM + WALK + WILD + CLAIMS
     for pattern, count in (("train/*/model000004.pt", 1), ("sample/*/output.txt", 2), ("score/*/scores.json", 5)):
         pid, deadline = start(folder, text, "killed"), time.monotonic() + 60
         while len(list((folder / "killed" / "work").glob(pattern))) < count:
@@ -242,6 +252,7 @@ def test_a_guided_study_with_a_budget_in_seconds_goes_on_after_a_failure(folder)
     (STUDY + '"x" = { dropout = 0.1, against = ["base", "x"] }', "compared with 'x', which is no other arm"),
     ('axis = "dropuot"\n' + STUDY + ARM, "axis 'dropuot' is neither an option nor 'looks'; did you mean dropout or"),
     ('axis = "noise_schedule"\n' + STUDY + ARM, "arm 'base' has 'cosine' there, which is no number"),
+    (STUDY + ARM + CLAIMS, "claim 'alike': there is no arm 'DDIM'; there are base, added"),
     (STUDY, "[arms] is empty"),
     (STUDY.replace("samples = 10", "samples = 5") + ARM, "5 samples are too few for precision, recall, density"),
     (STUDY.replace("[budget]", "[bugdet]") + ARM, "unknown entry 'bugdet'; did you mean budget?"),
@@ -449,6 +460,44 @@ def test_pictures_along_the_axis_show_the_means_in_order_with_a_line_each(monkey
     assert shown[0][0] == {"a": ([0, 2], [5, 2], [0, 0], [0, 1]), "b": ([1], [8], [0], [1])}
     assert shown[2][0] == {"a": ([-5, -2], [5, 2], [0, 1], [0, 1]), "b": ([-8], [8], [1], [1])}
     assert [words[1] for words in shown] == ["dropout", "dropout", "recall"]
+
+
+@pytest.mark.parametrize("way, d, wanted", [
+    # Three seeds whose differences are d and d ± 1: standard error 1/sqrt 3, interval d ± 4.302653/sqrt 3 = d ± 2.484.
+    ({"below": "b"}, -2.5, "reproduced"), ({"below": "b"}, -2.4, "not decidable"),
+    ({"below": "b"}, 2.4, "not decidable"), ({"below": "b"}, 2.5, "not reproduced"),
+    ({"above": "b"}, 2.5, "reproduced"), ({"above": "b"}, 2.4, "not decidable"),
+    ({"above": "b"}, -2.5, "not reproduced"), ({"near": "b", "within": 2.5}, 0, "reproduced"),
+    ({"near": "b", "within": 2.4}, 0, "not decidable"), ({"near": "b", "within": 2.5}, 4.9, "not decidable"),
+    ({"near": "b", "within": 2.5}, 5, "not reproduced"), ({"near": "b", "within": 2.5}, -5, "not reproduced"),
+])  # fmt: skip
+def test_the_verdict_on_a_claim_is_that_of_its_interval(way, d, wanted):
+    scores = {"a": {"fid": {seed: d + seed - 1 + seed for seed in range(3)}},
+              "b": {"fid": {seed: seed for seed in range(4)}}}  # fmt: skip
+    claim = {"x": {"arm": "a", "of": "fid", "source": "us", **way}}
+    found = claims.judged(claim, scores)
+    assert found[0]["verdict"] == wanted and found[0]["finding"]["seeds"] == 3
+    assert claims.table(found).rows[0][5] == wanted
+    assert claims.judged(claim, {"a": scores["a"]})[0]["verdict"] == "not decidable"
+
+
+@pytest.mark.parametrize("claim, said", [
+    (3, "claim 'x' must be a table"),
+    ({"arm": "a", "of": "fid", "below": "b", "margin": 1}, "unknown entry 'margin'"),
+    ({"arm": "a", "of": "fid"}, "one of below, above and near"),
+    ({"arm": "a", "of": "fid", "below": "b", "above": "b"}, "one of below, above and near"),
+    ({"of": "fid", "below": "b"}, "give arm"),
+    ({"arm": "c", "of": "fid", "below": "b"}, "there is no arm 'c'; there are a, b"),
+    ({"arm": "a", "of": "fid", "below": "a"}, "with itself"),
+    ({"arm": "a", "of": "fib", "below": "b"}, "of = 'fib' is no score"),
+    ({"arm": "a", "below": "b"}, "of = None is no score"),
+    ({"arm": "a", "of": "fid", "near": "b"}, "near asks for within"),
+    ({"arm": "a", "of": "fid", "near": "b", "within": -1}, "near asks for within"),
+    ({"arm": "a", "of": "fid", "below": "b", "within": 1}, "near asks for within"),
+])  # fmt: skip
+def test_claims_that_no_study_could_judge_are_refused(claim, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        claims.check({"x": claim}, ["a", "b"])
 
 
 def test_curves_are_means_over_seeds_where_all_have_values():
