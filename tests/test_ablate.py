@@ -15,7 +15,7 @@ import pytest
 import torch as th
 
 from evaluations import claims, outcome, paired
-from guided_diffusion import ablation, checkpoint, config, kept, script_util, unet
+from guided_diffusion import ablation, checkpoint, config, kept, saves, script_util, unet
 from guided_diffusion.gaussian_diffusion import ModelVarType
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def test_arms_run_side_by_side_each_on_a_device():
     program, busy, seen, both = ablate(), [], [], threading.Barrier(2, timeout=30)
 
     class Work:
-        plan = SimpleNamespace(study={"seeds": [0, 1]}, arms=[SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+        plan = SimpleNamespace(runs=lambda: [(seed, SimpleNamespace(name=name)) for seed in (0, 1) for name in "ab"])
 
         def judge(self, device):
             assert not seen
@@ -191,6 +191,49 @@ def test_arms_run_side_by_side_each_on_a_device():
     failed = program.run_all(Work(), ["cuda:0", "cuda:1"])
     assert seen == [["cuda:0", "cuda:1"]] * 4
     assert failed.pop(("b", 0)) == "diverged: the loss is not finite" and set(failed.values()) == {"failed: no room"}
+
+
+def test_arms_that_share_a_training_are_worked_on_last(folder, tmp_path, monkeypatch):
+    """Base and DDIM share one: of two at work none then waits for the other."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "x.toml").write_text(STUDY + WALK + ARM)
+    plan = ablate().Plan(ablation.read(tmp_path / "x.toml"), tmp_path)
+    assert [(seed, arm.name) for seed, arm in plan.runs()] == [
+        (0, "base"), (0, "added"), (1, "base"), (1, "added"), (0, "DDIM"), (1, "DDIM")]  # fmt: skip
+
+
+def test_a_piece_that_several_want_at_once_is_done_once(tmp_path):
+    """Whoever comes second waits, and finds it done."""
+    begun, go = [], threading.Event()
+
+    def work(folder):
+        begun.append(folder)
+        go.wait(30)
+
+    threads = [threading.Thread(target=kept.do, args=(tmp_path, "train", {"a": 1}, work)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(begun) == 1 and kept.told(tmp_path, "train", {"a": 1}) == ""
+
+
+def test_two_studies_in_one_folder_are_refused(folder, tmp_path):
+    """But the plan may be asked for while one runs."""
+    out = folder / "twice"
+    out.mkdir()
+    held = forked.fork(lambda: (saves.Lock(out).acquire(), (tmp_path / "held").touch(), time.sleep(60)))
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    try:
+        code, said = run(folder, STUDY + ARM, "twice")
+        assert code == 2 and f"twice is in use by process {held}" in said and "or choose another --out" in said
+        assert run(folder, STUDY + ARM, "twice", "--run", "False")[0] == 0
+        assert not (out / "work").exists()
+    finally:
+        forked.kill(held)
 
 
 GUIDE = """
