@@ -14,43 +14,49 @@ import numpy as np
 from evaluations import gallery, intervals, pages, paired, report, tables
 
 GRID = 40  # images of each arm
-HEAD = "arm metric seeds mean standard_error difference difference_error low high apart".split()
+HEAD = "arm metric seeds mean standard_error against difference difference_error low high apart".split()
+TRADES = {"precision": "recall", "density": "coverage", "label_agreement": "coverage"}  # what guidance buys, and pays
 
 
-def write(out, title, arms, speeds=None, notes=()):
+def write(out, title, arms, speeds=None, notes=(), axis=""):
     """
     Write results.json, results.csv, report.html and report.md with pictures into the folder `out` (a Path).
 
     :param arms: the base first, each a dict: name; changes, a text; parameters, operations, evaluations, iterations;
-        near, a text; and runs, {seed: {"failed": why, or "", "scores": result of the evaluator as a dict or None,
-        "samples": npz or None, "log": {column: (images seen, values)}}}.
+        near, a text; against, names of the arms it is compared with; at, its place on the axis, or None, and line, the
+        curve that it is a point of; and runs, {seed: {"failed": why, or "", "scores": result of the evaluator as a dict
+        or None, "samples": npz or None, "log": {column: (images seen, values)}}}.
     :param speeds: {name: images a second in training}, measured. :param notes: lines that stand on the page.
+    :param axis: what the arms have a place on, or "".
     """
     found = results(arms)
     gallery.write(out / "results.json", json.dumps({"title": title, "arms": found}, indent=2) + "\n")
     gallery.write(out / "results.csv", to_csv(found))
-    report.write(out, page(title, arms, found, speeds or {}, notes))
+    report.write(out, page(title, arms, found, speeds or {}, notes, axis))
 
 
 def results(arms):
     """The arms without their runs' files, and with what these found, as a list of dicts of plain values."""
-    found, base = [], None
+    every = {arm["name"]: scores_of(arm) for arm in arms}
+    found = []
     for arm in arms:
-        done = {seed: run["scores"] for seed, run in arm["runs"].items() if run["scores"]}
-        scores = {name: {seed: each[name] for seed, each in done.items() if name in each} for name in tables.NAMES}
-        scores = {name: values for name, values in scores.items() if values}
-        base = base if found else scores
-        compared = {}
+        scores, compared = every[arm["name"]], {}
         for name, values in scores.items():
-            both = {"mean": paired.mean(list(values.values()))}
-            if found and name in base:
-                both["difference"] = paired.difference(values, base[name])
-            compared[name] = {key: plain(each) for key, each in both.items() if each}
+            others = {other: paired.difference(values, every[other].get(name, {})) for other in arm["against"]}
+            differences = {other: plain(each) for other, each in others.items() if each}
+            compared[name] = {"mean": plain(paired.mean(list(values.values()))), "differences": differences}
         failed = {seed: run["failed"] for seed, run in arm["runs"].items() if run["failed"]}
         told = {key: value for key, value in arm.items() if key != "runs"}
         curves = {seed: run["log"] for seed, run in arm["runs"].items() if run["log"]}
         found.append({**told, "failed": failed, "scores": scores, "compared": compared, "curves": curves})
     return found
+
+
+def scores_of(arm):
+    """{score: {seed: value}} of the runs of an arm that came to an end."""
+    done = {seed: run["scores"] for seed, run in arm["runs"].items() if run["scores"]}
+    scores = {name: {seed: each[name] for seed, each in done.items() if name in each} for name in tables.NAMES}
+    return {name: values for name, values in scores.items() if values}
 
 
 def plain(each):
@@ -62,29 +68,31 @@ def plain(each):
 
 
 def to_csv(found):
-    """The text of a table with a line for each arm and metric."""
+    """The text of a table with a line for each arm, metric and arm that it is compared with."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(HEAD)
     for arm in found:
         for name, both in arm["compared"].items():
-            mean, difference = both["mean"], both.get("difference") or {}
-            row = [arm["name"], name, mean["seeds"], mean["value"], mean["standard_error"]]
-            row += [difference.get(key) for key in ("value", "standard_error", "low", "high", "apart")]
-            lines.writerow(["" if cell is None else cell for cell in row])
+            mean = both["mean"]
+            for other, difference in (both["differences"] or {"": {}}).items():
+                row = [arm["name"], name, mean["seeds"], mean["value"], mean["standard_error"], other]
+                row += [difference.get(key) for key in ("value", "standard_error", "low", "high", "apart")]
+                lines.writerow(["" if cell is None else cell for cell in row])
     return text.getvalue()
 
 
-def page(title, arms, found, speeds, notes):
+def page(title, arms, found, speeds, notes, axis=""):
     """The blocks of the page."""
     there = [name for name in tables.NAMES if any(name in arm["compared"] for arm in found)]
     blocks = [pages.Heading(title, 1), *map(pages.Text, notes), summary(found, speeds)]
     blocks.append(pages.Text(
-        "Numbers are means over seeds ± their standard error; differences are to the base, seed by seed. The interval "
+        "Numbers are means over seeds ± their standard error; differences are taken seed by seed. The interval "
         "is Student's, of 95 %: where it holds 0, nothing is claimed. Of twenty intervals about arms without any "
         "effect one leaves 0 out by chance."
     ))  # fmt: skip
     blocks += [block for name in there for block in (pages.Heading(tables.NAMES[name], 3), metric_table(name, found))]
+    blocks += along(found, there, axis) if axis else []
     for arm in found:
         blocks += [pages.Text(f"{arm['name']}, seed {seed}: {why}") for seed, why in arm["failed"].items()]
     for column, label in (("loss", "training loss"), ("fid", "Frechet distance of the average")):
@@ -98,32 +106,59 @@ def page(title, arms, found, speeds, notes):
     return blocks
 
 
+def along(found, names, axis):
+    """Pictures of the scores along the axis of the study, and of what guidance buys against what it pays."""
+    there = [(up, across) for up, across in TRADES.items() if {up, across} <= set(names)]
+    return [drawn(found, name, "", axis) for name in names] + [
+        drawn(found, up, across, tables.NAMES[across].lower()) for up, across in there
+    ]
+
+
+def drawn(found, up, across, xlabel):
+    """The picture of a score of the arms against another, or, if `across` is "", against their places on the axis."""
+    lines = {}
+    for arm in sorted(found, key=lambda arm: arm["at"]):
+        means = {key: each["mean"] for key, each in arm["compared"].items()}
+        means[""] = {"value": arm["at"], "standard_error": 0}
+        if up in means and across in means:
+            x, y = means[across], means[up]
+            point = x["value"], y["value"], x["standard_error"] or 0, y["standard_error"] or 0
+            lines.setdefault(arm["line"], []).append(point)
+    lines = {name: tuple(map(list, zip(*points))) for name, points in lines.items()}
+    caption = f"{tables.NAMES[up]} against {xlabel}, mean over seeds"
+    name = f"{up}_{across}" if across else f"along_{up}"
+    return pages.Picture(name, caption, gallery.curves(lines, xlabel, tables.NAMES[up], caption))
+
+
 def summary(found, speeds):
     """The table like the paper's: what each arm changes, what it costs, and its Frechet distance."""
-    head = "arm|changes|parameters|GFLOP an image|updates|looks a sample|images/s|FID|difference|95 % interval"
+    head = "arm|changes|parameters|GFLOP an image|updates|looks a sample|images/s|FID|against|difference|95 % interval"
     rows = []
     for arm in found:
         fid = arm["compared"].get("fid", {})
+        other, difference = next(iter(fid.get("differences", {}).items()), ("-", None))
         speed = f"{speeds[arm['name']]:.3g}" if arm["name"] in speeds else "-"
         changes = f"{arm['changes']} ({arm['near']})" if arm["near"] else arm["changes"]
         rows.append([arm["name"], changes, f"{arm['parameters']:,}", f"{arm['operations'] / 1e9:.3g}",
                      f"{arm['iterations']:,}", str(arm["evaluations"]), speed, shown(fid.get("mean")),
-                     shown(fid.get("difference")), interval(fid.get("difference"))])  # fmt: skip
+                     other, shown(difference), interval(difference)])  # fmt: skip
         if not fid:
             rows[-1][7] = next((why.split(":")[0] for why in arm["failed"].values()), "-")
     return pages.Table(head.split("|"), rows)
 
 
 def metric_table(name, found):
-    """The table of one metric."""
+    """The table of one metric: a row for each arm, and for each that it is compared with."""
     rows = []
     for arm in found:
         both = arm["compared"].get(name, {})
-        difference = both.get("difference")
-        apart = {True: "yes", False: "no"}.get(difference and difference["apart"], "")
-        rows.append([arm["name"], str(both.get("mean", {}).get("seeds", 0)), shown(both.get("mean")), shown(difference),
-                     interval(difference), apart])  # fmt: skip
-    return pages.Table(["arm", "seeds", "mean", "difference", "95 % interval", "told apart"], rows)
+        mean = both.get("mean", {})
+        for other, each in (both.get("differences") or {"-": None}).items():
+            apart = {True: "yes", False: "no"}.get(each and each["apart"], "")
+            row = [arm["name"], str(mean.get("seeds", 0)), shown(mean), other, shown(each), interval(each), apart]
+            rows.append(row)
+    head = ["arm", "seeds", "mean", "against", "difference", "95 % interval", "told apart"]
+    return pages.Table(head, rows)
 
 
 def shown(each):

@@ -18,12 +18,14 @@ from .sampling_options import ClassifierSampleOptions, SampleOptions
 from .training_options import ClassifierTrainOptions, TrainOptions, WatchOptions
 
 ENTRIES = {
-    "title": "", "data": "", "held_out": "", "seeds": [0, 1, 2], "match": "", "budget": {}, "train": {},
+    "title": "", "data": "", "held_out": "", "seeds": [0, 1, 2], "match": "", "axis": "", "budget": {}, "train": {},
     "classifier": {}, "sample": {}, "judge": {}, "evaluation": {}, "arms": {},
 }  # fmt: skip
 EVALUATION = {"samples": 500, "extractor": "inception", "weights": "", "reference": "", "batch_size": 64, "points": 0}
 BUDGET = {"images": 0, "seconds": 0.0}
 MATCHES = ("", "parameters", "compute", "training")
+LOOKS = "looks"  # as an axis: evaluations of the network for a sample
+OF_LOOKS = "steps", "timestep_respacing"  # what sets them
 OF_A_CLASSIFIER = (ClassifierTrainOptions, ClassifierOptions, DiffusionOptions, RunOptions)
 GROUPS = {
     "train": (TrainOptions, WatchOptions, ModelOptions, DiffusionOptions, RunOptions),
@@ -55,6 +57,9 @@ class Arm:
     evaluations: int = 0  # looks of the diffusion network at each image that is drawn
     iterations: int = 0
     near: str = ""  # how near `match` came
+    against: tuple = ()  # names of the arms it is compared with
+    at: float | None = None  # its place on the study's axis
+    line: str = ""  # the curve it is a point of: what it changes besides
 
     @property
     def checkpoint(self):
@@ -126,6 +131,10 @@ def _check(study):
         raise ValueError('[arms] is empty: give an arm a line, as "four blocks" = { num_res_blocks = 4 }')
     if BASE in study["arms"]:
         raise ValueError(f"an arm is called {BASE!r}, as what all arms are compared with: give it another name")
+    known = {LOOKS, *(name for groups in GROUPS.values() for name in config.options(*groups))}
+    if study["axis"] and study["axis"] not in known:
+        raise ValueError(f"axis {study['axis']!r} is neither an option nor {LOOKS!r}"
+                         f"{config.nearest(study['axis'], known)}")  # fmt: skip
     if not study["data"]:
         raise ValueError("the study names no data: give data = the folder or file of the training images")
 
@@ -143,6 +152,9 @@ def arms_of(study):
     """
     arms = [_arm(study, name, changes) for name, changes in [(BASE, {}), *study["arms"].items()]]
     _match(study, arms)
+    _compare(arms)
+    for arm in arms if study["axis"] else []:
+        arm.at, arm.line = _place(study["axis"], arm)
     seen = {}
     for arm in arms:
         content = json.dumps({section: chosen(args) for section, args in arm.args.items()}, sort_keys=True)
@@ -150,6 +162,38 @@ def arms_of(study):
         if other != arm.name:
             raise ValueError(f"arms {other!r} and {arm.name!r} are equal: change or drop one of them")
     return arms
+
+
+def _compare(arms):
+    """Give each arm the names of those it is compared with: `against`, as it is written, or the base."""
+    names = [arm.name for arm in arms]
+    for arm in arms[1:]:
+        against = arm.changes.get("against", BASE)
+        arm.against = tuple(against if isinstance(against, list) else [against])
+        for other in arm.against:
+            if other not in names or other == arm.name:
+                raise ValueError(f"arm {arm.name!r} is to be compared with {other!r}, which is no other arm"
+                                 f"{config.nearest(str(other), names)}")  # fmt: skip
+        arm.changes = {option: value for option, value in arm.changes.items() if option != "against"}
+
+
+def _place(axis, arm):
+    """(the number where an arm stands on the axis, a text of all that it changes besides)."""
+    usual = [vars(args)[axis] for args in arm.args.values() if axis in vars(args)]
+    typed = [options[axis] for options in arm.typed.values() if axis in options]
+    at = arm.evaluations if axis == LOOKS else (typed[::-1] or usual or [None])[0]  # a sampler's word is the last
+    try:
+        at = float(at)
+    except (TypeError, ValueError):
+        raise ValueError(f"axis {axis!r}: arm {arm.name!r} has {at!r} there, which is no number") from None
+    own = OF_LOOKS if axis == LOOKS else (axis,)
+    return at, ", ".join(" ".join(map(str, each)) for each in flat(arm.changes) if each[-2] not in own) or BASE
+
+
+def flat(changes):
+    """The words of each change: (option, value), or (section, option, value)."""
+    for name, value in changes.items():
+        yield from ((name, *each) for each in flat(value)) if isinstance(value, dict) else [(name, value)]
 
 
 def words(options):
@@ -180,7 +224,7 @@ def _arm(study, name, changes):
     apart = {section: changes.get(section, {}) for section in ("classifier", "sample")}
     if apart["classifier"] and not study["classifier"]:
         raise ValueError(f"{where} changes a classifier, and the study has none: give it a section [classifier]")
-    apart["train"] = {option: value for option, value in changes.items() if option not in apart}
+    apart["train"] = {option: value for option, value in changes.items() if option not in (*apart, "against")}
     typed, args = {}, {}
     for section in sections(study):
         typed[section] = study[section] | apart[section]

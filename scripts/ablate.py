@@ -387,16 +387,10 @@ def told(runner, failed):
                 "samples": samples[0] if samples else None,
                 "log": curves_of(where["train"], arm.args["train"].batch_size),
             }
-        changes = ", ".join(" ".join(map(str, each)) for each in flat(arm.changes)) or "-"
-        names = "name parameters operations evaluations iterations near".split()
+        changes = ", ".join(" ".join(map(str, each)) for each in ablation.flat(arm.changes)) or "-"
+        names = "name parameters operations evaluations iterations near against at line".split()
         found.append({**{name: getattr(arm, name) for name in names}, "changes": changes, "runs": runs})
     return found
-
-
-def flat(changes):
-    """The words of each change: (option, value), or (section, option, value)."""
-    for name, value in changes.items():
-        yield from ((name, *each) for each in flat(value)) if isinstance(value, dict) else [(name, value)]
 
 
 def curves_of(folder, batch_size):
@@ -442,7 +436,7 @@ def main():
     runner = Runner(plan, out)
     failed = run_all(runner, slots)
     title = content["title"] or f"Study {Path(args.study).stem}"
-    outcome.write(out, title, told(runner, failed), speeds, notes_of(plan))
+    outcome.write(out, title, told(runner, failed), speeds, notes_of(plan), content["axis"])
     print(f"report: {out / 'report.html'}")
     broken = [f"{name}, seed {seed}" for (name, seed), why in failed.items() if why.startswith("failed")]
     if broken:

@@ -49,13 +49,12 @@ config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to 
 import numpy as np
 import torch as th
 
-from evaluations import cases, gallery, intervals, pages, report, tables
+from evaluations import cases, gallery, intervals, outcome, pages, report, tables
 from evaluations.features import make_extractor
 from guided_diffusion import ablation, generate, image_datasets, probe, published, sampling, study
 from guided_diffusion.script_util import build, open_classifier, open_diffusion
 
 SHOWN = "fid sfid inception_score precision recall density coverage label_agreement".split()
-TRADES = {"precision": "recall", "label_agreement": "coverage"}
 
 
 def check(args):
@@ -202,7 +201,7 @@ def page(results, found, verdict):
     for name in [name for name in SHOWN if any(name in each for each in results)]:
         lines = curve(results, lambda each: each["settings"]["scale"], name)
         blocks.append(picture(name, lines, "guidance scale", tables.NAMES[name], f"{tables.NAMES[name]} against scale"))
-    for up, across in TRADES.items():
+    for up, across in outcome.TRADES.items():
         if all(up in each and across in each for each in results):
             lines = curve(results, lambda each, key=across: each[key], up, across)
             caption = f"{tables.NAMES[up]} against {tables.NAMES[across].lower()}"

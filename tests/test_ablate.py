@@ -63,7 +63,7 @@ samples = 10
 [arms]
 """
 ARM = '"added" = { use_scale_shift_norm = false }\n'
-WALK = '"DDIM" = { sample = { use_ddim = true } }\n'
+WALK = '"DDIM" = { sample = { use_ddim = true }, against = ["added", "base"] }\n'
 WILD = '"wild" = { lr = 1e30 }\n'
 RESULTS = "results.csv", "results.json", "report.md"
 
@@ -115,10 +115,12 @@ def test_a_study_ends_with_a_table_and_marks_what_diverged(folder, whole):
     assert [arm["name"] for arm in found] == ["base", "added", "DDIM", "wild"]
     assert set(found[3]["failed"]) == {"0", "1"} and found[3]["scores"] == {}
     assert all(arm["iterations"] == 8 and arm["evaluations"] == 2 for arm in found)
-    for arm in found[1:3]:
-        a, b = ([each["scores"]["fid"][seed] for seed in "01"] for each in (arm, found[0]))
+    assert [list(arm["compared"]["fid"]["differences"]) for arm in found[:3]] == [[], ["base"], ["added", "base"]]
+    for arm, other in ((1, 0), (2, 0), (2, 1)):
+        arm, other = found[arm], found[other]
+        a, b = ([each["scores"]["fid"][seed] for seed in "01"] for each in (arm, other))
         first, second = a[0] - b[0], a[1] - b[1]
-        difference = arm["compared"]["fid"]["difference"]
+        difference = arm["compared"]["fid"]["differences"][other["name"]]
         assert math.isclose(difference["value"], (first + second) / 2, rel_tol=1e-9)
         assert math.isclose(difference["standard_error"], abs(first - second) / 2, rel_tol=1e-9)
         assert math.isclose(difference["high"] - difference["value"], 12.706204736 * abs(first - second) / 2,
@@ -236,6 +238,11 @@ def test_a_guided_study_with_a_budget_in_seconds_goes_on_after_a_failure(folder)
     (STUDY + '"x" = { dropout = 0.1 }\n"y" = { dropout = 1e-1 }', "arms 'x' and 'y' are equal"),
     (STUDY + '"x" = 3', "arm 'x' must be a table of what it changes"),
     (STUDY + '"base" = { dropout = 0.1 }', "an arm is called 'base'"),
+    (STUDY + '"x" = { dropout = 0.1, against = "bace" }', "arm 'x' is to be compared with 'bace', which is no other "
+     "arm; did you mean base?"),
+    (STUDY + '"x" = { dropout = 0.1, against = ["base", "x"] }', "compared with 'x', which is no other arm"),
+    ('axis = "dropuot"\n' + STUDY + ARM, "axis 'dropuot' is neither an option nor 'looks'; did you mean dropout or"),
+    ('axis = "noise_schedule"\n' + STUDY + ARM, "arm 'base' has 'cosine' there, which is no number"),
     (STUDY, "[arms] is empty"),
     (STUDY.replace("samples = 10", "samples = 5") + ARM, "5 samples are too few for precision, recall, density"),
     (STUDY.replace("[budget]", "[bugdet]") + ARM, "unknown entry 'bugdet'; did you mean budget?"),
@@ -384,6 +391,36 @@ def test_paired_differences_are_those_of_student():
     assert not paired.mean([1.0, 1.0, 1.0]).apart  # no spread is no certainty
     for freedom, t in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622)):
         assert round(paired.quantile(freedom), 4) == t
+
+
+def test_arms_stand_on_the_axis_each_on_the_line_of_what_it_changes_besides(tmp_path):
+    text = STUDY + """
+"2" = { dropout = 0.2 }
+"added, 1" = { dropout = 0.1, use_scale_shift_norm = false }
+"DDIM" = { sample = { use_ddim = true, timestep_respacing = 8 } }
+"""
+    places = {"dropout": [(0, "base"), (0.2, "base"), (0.1, "use_scale_shift_norm False"),
+                          (0, "sample use_ddim True, sample timestep_respacing 8")],
+              "looks": [(2, "base"), (2, "dropout 0.2"), (2, "dropout 0.1, use_scale_shift_norm False"),
+                        (8, "sample use_ddim True")]}  # fmt: skip
+    for axis, wanted in places.items():
+        (tmp_path / "x.toml").write_text(f'axis = "{axis}"\n' + text)
+        arms = ablation.arms_of(ablation.read(tmp_path / "x.toml"))
+        assert [(arm.at, arm.line) for arm in arms] == wanted
+
+
+def test_pictures_along_the_axis_show_the_means_in_order_with_a_line_each(monkeypatch):
+    shown = []
+    monkeypatch.setattr("evaluations.gallery.curves", lambda *words: shown.append(words) or b"")
+    scored = [("a", 2, [1, 3]), ("a", 0, [5, 5]), ("b", 1, [7, 9])]
+    arms = [{"name": f"{line}{at}", "at": at, "line": line, "against": (), "runs": {
+        seed: {"failed": "", "scores": {"precision": value, "recall": -value}, "log": {}}
+        for seed, value in enumerate(values)}} for line, at, values in scored]  # fmt: skip
+    blocks = outcome.along(outcome.results(arms), ["precision", "recall"], "dropout")
+    assert [block.name for block in blocks] == ["along_precision", "along_recall", "precision_recall"]
+    assert shown[0][0] == {"a": ([0, 2], [5, 2], [0, 0], [0, 1]), "b": ([1], [8], [0], [1])}
+    assert shown[2][0] == {"a": ([-5, -2], [5, 2], [0, 1], [0, 1]), "b": ([-8], [8], [1], [1])}
+    assert [words[1] for words in shown] == ["dropout", "dropout", "recall"]
 
 
 def test_curves_are_means_over_seeds_where_all_have_values():

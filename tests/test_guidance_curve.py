@@ -147,7 +147,7 @@ def test_every_kind_costs_the_same_and_is_scored(trained, tmp_path, monkeypatch,
         assert math.isclose(found[kind, 2.0]["gflop"], 6 * look)
     assert len(ran) == len(found) == 8 and sum("--guide_path" in words for words in ran) == 1
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png") == 1 + 7 + 2 and "Precision against recall" in page
+    assert page.count("data:image/png") == 1 + 7 + 3 and "Precision against recall" in page
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[0].startswith("kind,sampler,steps,scale") and len(lines) == 1 + 8 * 7
     curve.main()  # nothing is drawn again
