@@ -10,19 +10,12 @@ from pathlib import Path
 
 import torch as th
 
-from . import config, ema, generate, image_datasets, program, script_util
+from . import checks, config, ema, generate, image_datasets, program, script_util, sizes
 from .checkpoint import ema_name, model_name
-from .config import (
-    ClassifierOptions,
-    ClassifierSampleOptions,
-    ClassifierTrainOptions,
-    DiffusionOptions,
-    ModelOptions,
-    RunOptions,
-    SampleOptions,
-    TrainOptions,
-    WatchOptions,
-)
+from .config import RunOptions
+from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions
+from .sampling_options import ClassifierSampleOptions, SampleOptions
+from .training_options import ClassifierTrainOptions, TrainOptions, WatchOptions
 
 ENTRIES = {
     "extends": "", "title": "", "data": "", "held_out": "", "seeds": [0, 1, 2], "match": "", "axis": "", "budget": {},
@@ -294,10 +287,10 @@ def _measure(arm):
     if "classifier" in arm.args:
         args = arm.args["classifier"]
         _build("classifier", config.flags_of(args, ClassifierOptions, DiffusionOptions), args)
-        config.check_classifier_guidance(sample)
+        checks.check_classifier_guidance(sample)
     else:
-        config.check_classes(flags, sample.classes)
-    config.check_guidance(sample, config.nulls(flags))
+        checks.check_classes(flags, sample.classes)
+    checks.check_guidance(sample, checks.nulls(flags))
     changed = {name: value for name, value in config.explicit_flags(sample).items() if name in flags}
     diffusion = script_util.process_of(flags | changed)
     twice = sample.guidance_scale != 1
@@ -319,7 +312,7 @@ def operations(net, flags):
     from torch.utils.flop_counter import FlopCounterMode
 
     place = th.device("meta")
-    x = th.empty(1, flags["image_channels"], *config.size_of(flags), device=place)
+    x = th.empty(1, flags["image_channels"], *sizes.size_of(flags), device=place)
     cond = {"y": th.zeros(1, dtype=th.long, device=place)} if flags["class_cond"] else {}
     if flags["vector_channels"]:
         cond["vector"] = th.empty(1, flags["vector_channels"], device=place)
@@ -395,7 +388,7 @@ def open_data(study, arm):
     train, flags = arm.args["train"], arm.flags()
     try:
         data = image_datasets.load_data(
-            data_dir=study["data"], batch_size=train.batch_size, image_size=config.size_of(flags), num_workers=0,
+            data_dir=study["data"], batch_size=train.batch_size, image_size=sizes.size_of(flags), num_workers=0,
             image_channels=flags["image_channels"], class_cond=flags["class_cond"], label_from=train.label_from,
             num_classes=flags["num_classes"] if flags["class_cond"] else None, background=train.background,
             vector_channels=flags["vector_channels"],

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion import config
+from guided_diffusion import config, sizes
 from guided_diffusion.config import option
 
 
@@ -40,7 +40,7 @@ from evaluations import claims, outcome, reference_files, sources, tables
 from evaluations.evaluator import Scorer, Settings, write
 from evaluations.features import make_extractor
 from guided_diffusion import ablation, image_datasets, kept, pace, recipes, rehearsal, saves, study
-from guided_diffusion.config import ClassifierOptions, DiffusionOptions
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions
 
 STARTING_SEC = 5  # of a program, until it works
 FORWARD_SHARE = 1 / 3  # of a training step's time that a look of the network takes
@@ -88,7 +88,7 @@ class Plan(recipes.Recipes):
     def _look(self):
         """(size in pixels, channels) of the images that are scored."""
         flags = self.arms[0].flags()
-        size = config.size_of(flags)
+        size = sizes.size_of(flags)
         return (size[0] if size[0] == size[1] else size), flags["image_channels"]
 
     def scorer(self, extractor, out):

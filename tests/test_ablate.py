@@ -17,6 +17,7 @@ import torch as th
 from evaluations import claims, outcome, paired
 from guided_diffusion import ablation, checkpoint, config, kept, saves, script_util, unet
 from guided_diffusion.gaussian_diffusion import ModelVarType
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -380,7 +381,7 @@ def test_operations_are_those_of_the_formula():
         def forward(self, x, t):
             return self.attention(self.conv(x).flatten(2))
 
-    flags = config.defaults(config.ModelOptions) | {"image_size": 16}
+    flags = config.defaults(ModelOptions) | {"image_size": 16}
     conv, attention = 2 * 9 * 3 * 96 * 256, 2 * 2 * 256**2 * 32
     assert ablation.operations(Net(), flags) == conv + attention
 
@@ -569,7 +570,7 @@ def test_rescaled_residual_sums_are_divided_by_the_root_of_two():
             net = script_util.build("diffusion", arm.flags())
         blocks = [each for each in net.modules() if isinstance(each, unet.ResBlock | unet.AttentionBlock)]
         assert len(blocks) > 8 and {each.rescale for each in blocks} == {residual_rescale}
-    flags = config.defaults(config.ClassifierOptions) | {"classifier_residual_rescale": True}
+    flags = config.defaults(ClassifierOptions) | {"classifier_residual_rescale": True}
     with th.device("meta"):
         net = script_util.build("classifier", flags)
     assert all(each.rescale for each in net.modules() if isinstance(each, unet.ResBlock | unet.AttentionBlock))
@@ -590,7 +591,7 @@ def test_a_checkpoint_opens_with_the_options_that_only_its_config_tells(tmp_path
 
 
 def test_a_freely_learned_variance_is_what_the_network_says():
-    flags = config.defaults(config.DiffusionOptions) | {"learn_sigma": True, "learned_variance": "free"}
+    flags = config.defaults(DiffusionOptions) | {"learn_sigma": True, "learned_variance": "free"}
     diffusion = script_util.process_of(flags)
     x = th.randn(2, 3, 4, 4)
     said = th.full((2, 3, 4, 4), -3.0)
