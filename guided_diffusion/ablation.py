@@ -93,7 +93,10 @@ def read(path):
 
 
 def _written(path, below=()):
-    """What stands in a file, over what stands in the one it extends; of the entries that are tables, name by name."""
+    """
+    What stands in a file, over what stands in the one it extends; of the entries that are tables, name by name, but an
+    empty table empties.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such study file")
     if path.resolve() in below:
@@ -106,7 +109,7 @@ def _written(path, below=()):
     other = _known(str(path), found, ENTRIES)["extends"]
     under = _written(path.parent / other, (*below, path.resolve())) if other else {}
     tables = {name for name in found if isinstance(found[name], dict) and isinstance(under.get(name), dict)}
-    return under | found | {name: under[name] | found[name] for name in tables}
+    return under | found | {name: under[name] | found[name] for name in tables if found[name]}
 
 
 def _toml():

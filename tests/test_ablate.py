@@ -346,11 +346,11 @@ def test_a_study_extends_another_name_by_name(tmp_path):
     (tmp_path / "common.toml").write_text(STUDY + ARM)
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "x.toml").write_text(
-        'extends = "../common.toml"\nseeds = [7]\n[train]\nlr = 3e-4\n[arms]\n"x" = { dropout = 0.1 }\n')
+        'extends = "../common.toml"\nseeds = [7]\njudge = {}\n[train]\nlr = 3e-4\n[arms]\n"x" = { dropout = 0.1 }\n')
     whole, found = ablation.read(tmp_path / "common.toml"), ablation.read(tmp_path / "below" / "x.toml")
     assert found["train"] == whole["train"] | {"lr": 3e-4} and list(found["arms"]) == ["added", "x"]
-    changed = {"extends", "seeds", "train", "arms"}
-    assert found["seeds"] == [7] and {name for name in whole if whole[name] != found[name]} == changed
+    changed = {"extends", "seeds", "judge", "train", "arms"}
+    assert found["seeds"] == [7] and found["judge"] == {} and {name for name in whole if whole[name] != found[name]} == changed
     (tmp_path / "common.toml").write_text('extends = "below/x.toml"\n')
     with pytest.raises(ValueError, match="a study cannot extend itself"):
         ablation.read(tmp_path / "below" / "x.toml")
@@ -369,6 +369,33 @@ def test_shared_work_is_counted_once_in_the_time_that_is_told(folder, tmp_path, 
     counted = set()
     left = [program.seconds_of(plan, arm, 0, {"base": 4, "DDIM": 4}, counted) for arm in plan.arms]
     assert np.allclose(left, [8 + 5 / 3 + 10, 5 / 3 + 5])
+
+
+SHIPPED = {
+    path.stem: path for path in sorted((ROOT / "docs" / "reproduction").glob("*.toml")) if path.stem != "digits"
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_studies_that_ship_can_be_planned(name, tmp_path, monkeypatch):
+    """With a few images of noise in the places of their data."""
+    monkeypatch.chdir(tmp_path)
+    content, rng = ablation.read(SHIPPED[name]), np.random.default_rng(0)
+    size, channels = (content["train"].get(key, usual) for key, usual in (("image_size", 64), ("image_channels", 3)))
+    for part, key in ((content, "data"), (content, "held_out"), (content["evaluation"], "reference")):
+        if part[key]:
+            part[key] = str(Path(part[key]).with_suffix(".npz"))
+            Path(part[key]).parent.mkdir(parents=True, exist_ok=True)
+            images = rng.integers(0, 256, (256, size, size, channels), np.uint8)
+            np.savez(part[key], arr_0=images, arr_1=np.arange(256) % 10)
+    program = ablate()
+    monkeypatch.setattr(program, "make_extractor", lambda *words: None)  # of the one that asks for Inception's weights
+    plan = program.Plan(content, tmp_path)
+    plan.set_iterations({})
+    assert len(plan.arms) == len(content["arms"]) + 1 and len(content["seeds"]) >= 3
+    assert all(arm.iterations * arm.args["train"].batch_size >= content["budget"]["images"] for arm in plan.arms)
+    if name == "architecture_imagenet":
+        assert plan.arms[0].iterations == 700_000 and plan.arms[0].evaluations == 250
 
 
 def test_operations_are_those_of_the_formula():
