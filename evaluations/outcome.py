@@ -11,28 +11,31 @@ import math
 
 import numpy as np
 
-from evaluations import gallery, intervals, pages, paired, report, tables
+from evaluations import claims, gallery, pages, paired, report, tables
 
 GRID = 40  # images of each arm
 HEAD = "arm metric seeds mean standard_error against difference difference_error low high apart".split()
 TRADES = {"precision": "recall", "density": "coverage", "label_agreement": "coverage"}  # what guidance buys, and pays
 
 
-def write(out, title, arms, speeds=None, notes=(), axis=""):
+def write(out, study, arms, speeds=None, notes=()):
     """
     Write results.json, results.csv, report.html and report.md with pictures into the folder `out` (a Path).
 
+    :param study: a dict with title; axis, what arms have a place on, or ""; and claims, as evaluations/claims.py has
+        them.
     :param arms: the base first, each a dict: name; changes, a text; parameters, operations, evaluations, iterations;
         near, a text; against, names of the arms it is compared with; at, its place on the axis, or None, and line, the
         curve that it is a point of; and runs, {seed: {"failed": why, or "", "scores": result of the evaluator as a dict
         or None, "samples": npz or None, "log": {column: (images seen, values)}}}.
     :param speeds: {name: images a second in training}, measured. :param notes: lines that stand on the page.
-    :param axis: what the arms have a place on, or "".
     """
     found = results(arms)
-    gallery.write(out / "results.json", json.dumps({"title": title, "arms": found}, indent=2) + "\n")
+    judged = claims.judged(study["claims"], {arm["name"]: arm["scores"] for arm in found})
+    content = {"title": study["title"], "claims": judged, "arms": found}
+    gallery.write(out / "results.json", json.dumps(content, indent=2) + "\n")
     gallery.write(out / "results.csv", to_csv(found))
-    report.write(out, page(title, arms, found, speeds or {}, notes, axis))
+    report.write(out, page(study, arms, found, judged, speeds or {}, notes))
 
 
 def results(arms):
@@ -43,8 +46,8 @@ def results(arms):
         scores, compared = every[arm["name"]], {}
         for name, values in scores.items():
             others = {other: paired.difference(values, every[other].get(name, {})) for other in arm["against"]}
-            differences = {other: plain(each) for other, each in others.items() if each}
-            compared[name] = {"mean": plain(paired.mean(list(values.values()))), "differences": differences}
+            differences = {other: paired.plain(each) for other, each in others.items() if each}
+            compared[name] = {"mean": paired.plain(paired.mean(list(values.values()))), "differences": differences}
         failed = {seed: run["failed"] for seed, run in arm["runs"].items() if run["failed"]}
         told = {key: value for key, value in arm.items() if key != "runs"}
         curves = {seed: run["log"] for seed, run in arm["runs"].items() if run["log"]}
@@ -57,14 +60,6 @@ def scores_of(arm):
     done = {seed: run["scores"] for seed, run in arm["runs"].items() if run["scores"]}
     scores = {name: {seed: each[name] for seed, each in done.items() if name in each} for name in tables.NAMES}
     return {name: values for name, values in scores.items() if values}
-
-
-def plain(each):
-    """A Paired as json has it: nan becomes None."""
-    low, high = each.interval
-    numbers = {"value": each.mean, "standard_error": each.standard_error, "low": low, "high": high}
-    return {**{key: None if math.isnan(x) else x for key, x in numbers.items()}, "seeds": each.count,
-            "apart": each.apart}  # fmt: skip
 
 
 def to_csv(found):
@@ -82,17 +77,18 @@ def to_csv(found):
     return text.getvalue()
 
 
-def page(title, arms, found, speeds, notes, axis=""):
+def page(study, arms, found, judged, speeds, notes):
     """The blocks of the page."""
     there = [name for name in tables.NAMES if any(name in arm["compared"] for arm in found)]
-    blocks = [pages.Heading(title, 1), *map(pages.Text, notes), summary(found, speeds)]
+    blocks = [pages.Heading(study["title"], 1), *map(pages.Text, notes), summary(found, speeds)]
     blocks.append(pages.Text(
         "Numbers are means over seeds ± their standard error; differences are taken seed by seed. The interval "
         "is Student's, of 95 %: where it holds 0, nothing is claimed. Of twenty intervals about arms without any "
         "effect one leaves 0 out by chance."
     ))  # fmt: skip
+    blocks += [pages.Heading("Claims", 3), claims.table(judged)] if judged else []
     blocks += [block for name in there for block in (pages.Heading(tables.NAMES[name], 3), metric_table(name, found))]
-    blocks += along(found, there, axis) if axis else []
+    blocks += along(found, there, study["axis"]) if study["axis"] else []
     for arm in found:
         blocks += [pages.Text(f"{arm['name']}, seed {seed}: {why}") for seed, why in arm["failed"].items()]
     for column, label in (("loss", "training loss"), ("fid", "Frechet distance of the average")):
@@ -140,8 +136,8 @@ def summary(found, speeds):
         speed = f"{speeds[arm['name']]:.3g}" if arm["name"] in speeds else "-"
         changes = f"{arm['changes']} ({arm['near']})" if arm["near"] else arm["changes"]
         rows.append([arm["name"], changes, f"{arm['parameters']:,}", f"{arm['operations'] / 1e9:.3g}",
-                     f"{arm['iterations']:,}", str(arm["evaluations"]), speed, shown(fid.get("mean")),
-                     other, shown(difference), interval(difference)])  # fmt: skip
+                     f"{arm['iterations']:,}", str(arm["evaluations"]), speed,
+                     paired.texts(fid.get("mean"))[0], other, *paired.texts(difference)])  # fmt: skip
         if not fid:
             rows[-1][7] = next((why.split(":")[0] for why in arm["failed"].values()), "-")
     return pages.Table(head.split("|"), rows)
@@ -155,22 +151,10 @@ def metric_table(name, found):
         mean = both.get("mean", {})
         for other, each in (both.get("differences") or {"-": None}).items():
             apart = {True: "yes", False: "no"}.get(each and each["apart"], "")
-            row = [arm["name"], str(mean.get("seeds", 0)), shown(mean), other, shown(each), interval(each), apart]
+            row = [arm["name"], str(mean.get("seeds", 0)), paired.texts(mean)[0], other, *paired.texts(each), apart]
             rows.append(row)
     head = ["arm", "seeds", "mean", "against", "difference", "95 % interval", "told apart"]
     return pages.Table(head, rows)
-
-
-def shown(each):
-    """A plain Paired as text, with its standard error."""
-    return intervals.shown(each["value"], each["standard_error"]) if each else "-"
-
-
-def interval(each):
-    """Its interval as text."""
-    if not each or each["low"] is None:
-        return "-"
-    return intervals.shown_interval(each["low"], each["high"], each["standard_error"])
 
 
 def mean_curve(curves, column):

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from evaluations import intervals
+
 LEVEL = 0.95
 
 
@@ -55,3 +57,20 @@ def difference(arm, base):
 def quantile(freedom, level=LEVEL):
     """t such that Student's distribution has `level` between -t and t; nan for no degrees of freedom."""
     return float(stdtrit(freedom, 0.5 + level / 2)) if freedom > 0 else math.nan
+
+
+def plain(each):
+    """A Paired as json has it: nan becomes None."""
+    low, high = each.interval
+    numbers = {"value": each.mean, "standard_error": each.standard_error, "low": low, "high": high}
+    return {**{key: None if math.isnan(x) else x for key, x in numbers.items()}, "seeds": each.count,
+            "apart": each.apart}  # fmt: skip
+
+
+def texts(each):
+    """(value ± standard error, interval) of a plain Paired as texts; "-" where there is none."""
+    if not each:
+        return "-", "-"
+    error = each["standard_error"]
+    ends = "-" if each["low"] is None else intervals.shown_interval(each["low"], each["high"], error)
+    return intervals.shown(each["value"], error), ends

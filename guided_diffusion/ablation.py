@@ -18,8 +18,8 @@ from .sampling_options import ClassifierSampleOptions, SampleOptions
 from .training_options import ClassifierTrainOptions, TrainOptions, WatchOptions
 
 ENTRIES = {
-    "title": "", "data": "", "held_out": "", "seeds": [0, 1, 2], "match": "", "axis": "", "budget": {}, "train": {},
-    "classifier": {}, "sample": {}, "judge": {}, "evaluation": {}, "arms": {},
+    "extends": "", "title": "", "data": "", "held_out": "", "seeds": [0, 1, 2], "match": "", "axis": "", "budget": {},
+    "train": {}, "classifier": {}, "sample": {}, "judge": {}, "evaluation": {}, "arms": {}, "claims": {},
 }  # fmt: skip
 EVALUATION = {"samples": 500, "extractor": "inception", "weights": "", "reference": "", "batch_size": 64, "points": 0}
 BUDGET = {"images": 0, "seconds": 0.0}
@@ -78,24 +78,35 @@ class Arm:
 
 def read(path):
     """
-    The content of a study file, TOML or json, with the defaults of what it leaves out.
+    The content of a study file, TOML or json, with what it leaves out from the file that it `extends`, if it does, and
+    else by default.
 
     :raises FileNotFoundError: if there is none.
-    :raises ValueError: for what cannot be read, an unknown entry, naming the nearest, or one of the wrong kind.
+    :raises ValueError: for what cannot be read, an unknown entry, naming the nearest, one of the wrong kind, or files
+        that extend each other.
     """
-    path = Path(path)
+    study = ENTRIES | _written(Path(path))
+    study["evaluation"] = _known("[evaluation]", study["evaluation"], EVALUATION)
+    study["budget"] = _known("[budget]", study["budget"], BUDGET)
+    _check(study)
+    return study
+
+
+def _written(path, below=()):
+    """What stands in a file, over what stands in the one it extends; of the entries that are tables, name by name."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such study file")
+    if path.resolve() in below:
+        raise ValueError(f"{path}: a study cannot extend itself")
     text = path.read_text(encoding="utf-8")
     try:
         found = json.loads(text) if path.suffix == ".json" else _toml().loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is no {path.suffix.lstrip('.') or 'toml'} file: {error}") from error
-    study = _known("the study", found, ENTRIES)
-    study["evaluation"] = _known("[evaluation]", study["evaluation"], EVALUATION)
-    study["budget"] = _known("[budget]", study["budget"], BUDGET)
-    _check(study)
-    return study
+    other = _known(str(path), found, ENTRIES)["extends"]
+    under = _written(path.parent / other, (*below, path.resolve())) if other else {}
+    tables = {name for name in found if isinstance(found[name], dict) and isinstance(under.get(name), dict)}
+    return under | found | {name: under[name] | found[name] for name in tables}
 
 
 def _toml():

@@ -5,12 +5,14 @@ whoever asks for it, however often the asking program is killed.
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 from . import checkpoint
 
 DONE = "done.json"
 LASTING = "not finite"  # in the error of a piece that would fail in the same way again: it has diverged
+_working = {}  # {folder: the lock of who fills it}
 
 
 def key(recipe):
@@ -31,22 +33,25 @@ def told(root, kind, recipe):
 
 def do(root, kind, recipe, work):
     """
-    The folder of a piece, which `work(folder)` fills unless it is done.
+    The folder of a piece, which `work(folder)` fills unless it is done; where several threads want the same piece, one
+    does it and the others wait.
 
     :raises Diverged: if it fails in a way that would repeat itself; that is remembered.
     :raises ValueError, OSError: as `work`, for other failures, which the next call may not meet.
     """
-    folder, failed = folder_of(root, kind, recipe), told(root, kind, recipe)
-    if failed is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            work(folder)
-            failed = ""
-        except (ValueError, ArithmeticError) as error:
-            if LASTING not in str(error):
-                raise
-            failed = str(error)
-        write_json(folder / DONE, {"recipe": recipe, "failed": failed})
+    folder = folder_of(root, kind, recipe)
+    with _working.setdefault(str(folder), threading.Lock()):
+        failed = told(root, kind, recipe)
+        if failed is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                work(folder)
+                failed = ""
+            except (ValueError, ArithmeticError) as error:
+                if LASTING not in str(error):
+                    raise
+                failed = str(error)
+            write_json(folder / DONE, {"recipe": recipe, "failed": failed})
     if failed:
         raise Diverged(failed)
     return folder

@@ -259,9 +259,12 @@ class Lock:
     """
     The right to write in a folder, held from `acquire` until `release` or the end of the process, however it ends: the
     operating system keeps it, so that none is left behind. Folders elsewhere than on a disk have none.
+
+    :param option: the flag that names the folder, for the error.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, option="--log_dir"):
+        self.option = option
         self.path = None if checkpoint.is_remote(folder) else os.path.join(folder, LOCK_NAME)
         self.file = None
 
@@ -286,7 +289,8 @@ class Lock:
             self.file.close()
             self.file = None
             raise OSError(
-                f"{os.path.dirname(self.path)} is in use by {holder}: wait for it, stop it, or choose another --log_dir"
+                f"{os.path.dirname(self.path)} is in use by {holder}: wait for it, stop it, or choose another "
+                f"{self.option}"
             )
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")

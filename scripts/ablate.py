@@ -36,11 +36,10 @@ config.answer_help(__name__, __doc__, *OPTIONS, positional=POSITIONAL)  # before
 
 import torch as th
 
-from evaluations import outcome, reference_files, sources, tables
+from evaluations import claims, outcome, reference_files, sources, tables
 from evaluations.evaluator import Scorer, Settings, write
 from evaluations.features import make_extractor
-from guided_diffusion import ablation, image_datasets, kept, pace, rehearsal, saves, study
-from guided_diffusion.ablation import JUDGE_SEED
+from guided_diffusion import ablation, image_datasets, kept, pace, recipes, rehearsal, saves, study
 from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions
 
 STARTING_SEC = 5  # of a program, until it works
@@ -50,23 +49,24 @@ FORWARD_SHARE = 1 / 3  # of a training step's time that a look of the network ta
 # ----------------------------------------------------------------------------------------------------------- the plan
 
 
-class Plan:
+class Plan(recipes.Recipes):
     """A study that is known to be possible: its arms, its data, its judge, and the pieces of work of each run."""
 
     def __init__(self, content, out):
-        self.study, self.root = content, out / "work"
-        self.arms = ablation.arms_of(content)
-        self.judge = ablation.judge_of(content, self.arms[0])
-        opened = {}
-        self.data = {}
-        for arm in self.arms:
+        arms = ablation.arms_of(content)
+        claims.check(content["claims"], [arm.name for arm in arms])
+        judge = ablation.judge_of(content, arms[0])
+        opened, data = {}, {}
+        for arm in arms:
             how = arm.args["train"]
             looks = (how.batch_size, how.image_size, how.image_channels, how.class_cond, how.vector_channels)
             looks += (how.num_classes, how.label_from, how.background)
             if looks not in opened:
                 opened[looks] = ablation.open_data(content, arm)
-            self.data[arm.name] = opened[looks]
-        self.reference = reference_files.find(content["evaluation"]["reference"] or content["data"])
+            data[arm.name] = opened[looks][0]
+        self.images = opened[next(iter(opened))][1]
+        reference = reference_files.find(content["evaluation"]["reference"] or content["data"])
+        super().__init__(content, out / "work", arms, judge, data, reference)
         self._check_metric()
 
     def _check_metric(self):
@@ -100,68 +100,6 @@ class Plan:
     def set_iterations(self, speeds):
         ablation.set_iterations(self.study, self.arms, speeds)
 
-    # The recipes: all that the content of a piece depends on.
-
-    def of_judge(self):
-        fingerprint = self.data[ablation.BASE][0]
-        return {"options": ablation.chosen(self.judge[1]), "seed": JUDGE_SEED, "data": fingerprint}
-
-    def of_train(self, arm, seed):
-        points = self.study["evaluation"]["points"]
-        watched = {"points": points, "extractor": self.of_extractor()} if points else {}
-        return {"options": ablation.chosen(arm.args["train"]), "seed": seed, "data": self.data[arm.name][0],
-                "iterations": arm.iterations, **watched}  # fmt: skip
-
-    def of_classifier(self, arm, seed):
-        options = ablation.chosen(arm.args["classifier"])
-        return {"options": options, "seed": seed, "data": self.data[arm.name][0]}
-
-    def of_sample(self, arm, seed):
-        guide = kept.key(self.of_classifier(arm, seed)) if "classifier" in arm.args else None
-        return {"model": kept.key(self.of_train(arm, seed)), "classifier": guide, "file": arm.checkpoint,
-                "options": ablation.chosen(arm.args["sample"]), "count": self.study["evaluation"]["samples"],
-                "seed": seed}  # fmt: skip
-
-    def of_extractor(self):
-        asked = self.study["evaluation"]
-        if self.judge:
-            return kept.key(self.of_judge())
-        return [content_of(asked[name]) for name in ("extractor", "weights")]
-
-    def of_score(self, arm, seed):
-        return {"samples": kept.key(self.of_sample(arm, seed)), "reference": content_of(self.reference),
-                "extractor": self.of_extractor()}  # fmt: skip
-
-    def pieces(self, arm, seed):
-        """[(kind, recipe)] of a run of an arm, in order."""
-        middle = [("classifier", self.of_classifier(arm, seed))] if "classifier" in arm.args else []
-        return [("train", self.of_train(arm, seed)), *middle, ("sample", self.of_sample(arm, seed)),
-                ("score", self.of_score(arm, seed))]  # fmt: skip
-
-    def all_pieces(self):
-        """{(kind, key): recipe} of the whole study, without what would follow what has diverged."""
-        found = [("judge", self.of_judge())] if self.judge else []
-        for seed, arm in itertools.product(self.study["seeds"], self.arms):
-            for kind, recipe in self.pieces(arm, seed):
-                found.append((kind, recipe))
-                if kept.told(self.root, kind, recipe):
-                    break
-        return {(kind, kept.key(recipe)): recipe for kind, recipe in found}
-
-
-_contents = {}
-
-
-def content_of(path):
-    """What tells the content of a file, or of a folder's list of images, from another; other words as they are."""
-    if path not in _contents:
-        there = Path(path) if path else None
-        if there and there.is_file():
-            _contents[path] = saves.measure(path)[1]
-        else:
-            _contents[path] = image_datasets.open_source(path).fingerprint() if there and there.is_dir() else path
-    return _contents[path]
-
 
 # ---------------------------------------------------------------------------------------------------- time and money
 
@@ -189,16 +127,17 @@ def measured(plan, out, device):
     return speeds
 
 
-def seconds_of(plan, arm, seed, speeds):
-    """About how long what is left of a run takes."""
+def seconds_of(plan, arm, seed, speeds, counted):
+    """About how long what is left of a run takes, but for the pieces that are counted already; adds its own to them."""
     images = plan.study["evaluation"]["samples"]
     left = 0.0
     for kind, recipe in plan.pieces(arm, seed):
         failed = kept.told(plan.root, kind, recipe)
         if failed:
             break
-        if failed is not None:
+        if failed is not None or kept.key(recipe) in counted:
             continue
+        counted.add(kept.key(recipe))
         train = arm.args["train"].batch_size
         looks = {"train": arm.iterations * train, "sample": arm.evaluations * images * FORWARD_SHARE, "score": 0}
         if kind == "classifier":
@@ -229,7 +168,8 @@ def say_plan(plan, args, speeds, slots):
     if old:
         print(f"{len(old)} done pieces in {plan.root} are of another state of the study file, and are not used")
     if speeds:
-        left = sum(seconds_of(plan, arm, seed, speeds) for arm, seed in itertools.product(plan.arms, seeds))
+        counted = set()
+        left = sum(seconds_of(plan, arm, seed, speeds, counted) for arm, seed in itertools.product(plan.arms, seeds))
         if plan.judge and kept.told(plan.root, "judge", plan.of_judge()) is None:
             judge = plan.judge[1]
             left += judge.iterations * judge.batch_size / speeds["judge"] + STARTING_SEC
@@ -257,7 +197,7 @@ class Runner:
         typed, args = self.plan.judge
 
         def work(folder):
-            self._classifier(folder, {"noised": False} | typed, JUDGE_SEED, args.iterations, device)
+            self._classifier(folder, {"noised": False} | typed, ablation.JUDGE_SEED, args.iterations, device)
 
         folder = kept.do(self.root, "judge", self.plan.of_judge(), work)
         return folder / f"model{args.iterations:06d}.pt"
@@ -340,7 +280,7 @@ def run_all(runner, slots):
     """{(arm, seed): why it came to nothing} of the runs that did, the others being done; several at a time."""
     from tqdm.auto import tqdm
 
-    runs = list(itertools.product(runner.plan.study["seeds"], runner.plan.arms))
+    runs = runner.plan.runs()
     runner.judge(slots[0])
     failed, free = {}, queue.SimpleQueue()
     for slot in slots:
@@ -410,7 +350,7 @@ def notes_of(plan):
     asked, budget = plan.study["evaluation"], plan.study["budget"]
     length = f"{budget['images']:,} images" if budget["images"] else f"{budget['seconds']:g} seconds by measured speed"
     looks = "a classifier trained on the same data (the judge)" if plan.judge else asked["extractor"]
-    yield f"Trained on {plan.data[ablation.BASE][1]:,} images of {plan.study['data']} for {length} an arm; seeds " + (
+    yield f"Trained on {plan.images:,} images of {plan.study['data']} for {length} an arm; seeds " + (
         ", ".join(map(str, plan.study["seeds"])) + f". {asked['samples']} samples an arm and seed, scored with the "
         f"features of {looks} against {plan.reference}."
     )  # fmt: skip
@@ -427,6 +367,9 @@ def main():
     if content["budget"]["seconds"] and not args.estimate:
         raise ValueError("a budget in seconds needs the measured speed: leave --estimate True, or give images")
     out.mkdir(parents=True, exist_ok=True)
+    lock = saves.Lock(out, "--out")
+    if args.run:
+        lock.acquire(patience_sec=1)
     slots = (args.devices.split(",") if args.devices else [""]) * args.parallel
     speeds = measured(plan, out, slots[0]) if args.estimate else {}
     plan.set_iterations(speeds)
@@ -435,8 +378,8 @@ def main():
         return
     runner = Runner(plan, out)
     failed = run_all(runner, slots)
-    title = content["title"] or f"Study {Path(args.study).stem}"
-    outcome.write(out, title, told(runner, failed), speeds, notes_of(plan), content["axis"])
+    content["title"] = content["title"] or f"Study {Path(args.study).stem}"
+    outcome.write(out, content, told(runner, failed), speeds, notes_of(plan))
     print(f"report: {out / 'report.html'}")
     broken = [f"{name}, seed {seed}" for (name, seed), why in failed.items() if why.startswith("failed")]
     if broken:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 import torch as th
 
-from evaluations import outcome, paired
-from guided_diffusion import ablation, checkpoint, config, kept, script_util, unet
+from evaluations import claims, outcome, paired
+from guided_diffusion import ablation, checkpoint, config, kept, saves, script_util, unet
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 
@@ -65,6 +66,11 @@ samples = 10
 ARM = '"added" = { use_scale_shift_norm = false }\n'
 WALK = '"DDIM" = { sample = { use_ddim = true }, against = ["added", "base"] }\n'
 WILD = '"wild" = { lr = 1e30 }\n'
+CLAIMS = """
+[claims]
+"lower" = { arm = "added", of = "fid", below = "base", source = "nobody" }
+"alike" = { arm = "DDIM", of = "fid", near = "added", within = 1e9 }
+"""
 RESULTS = "results.csv", "results.json", "report.md"
 
 
@@ -102,7 +108,7 @@ def content(folder, out):
 @pytest.fixture(scope="module")
 def whole(folder):
     """What a study says and writes that is never killed."""
-    code, said = run(folder, STUDY + ARM + WALK + WILD, "whole")
+    code, said = run(folder, STUDY + ARM + WALK + WILD + CLAIMS, "whole")
     assert code == 0, said
     return said, content(folder, "whole")
 
@@ -125,6 +131,10 @@ def test_a_study_ends_with_a_table_and_marks_what_diverged(folder, whole):
         assert math.isclose(difference["standard_error"], abs(first - second) / 2, rel_tol=1e-9)
         assert math.isclose(difference["high"] - difference["value"], 12.706204736 * abs(first - second) / 2,
                             rel_tol=1e-8)  # fmt: skip
+    lower, alike = json.loads(files["results.json"])["claims"]
+    assert lower["finding"] == found[1]["compared"]["fid"]["differences"]["base"]
+    assert alike["finding"] == found[2]["compared"]["fid"]["differences"]["added"]
+    assert alike["verdict"] == "reproduced" and "| lower | nobody | FID, added - base |" in files["report.md"].decode()
     rows = [line.split(",")[:3] for line in files["results.csv"].decode().splitlines()]
     assert rows[0] == ["arm", "metric", "seeds"] and ["added", "fid", "2"] in rows and ["wild", "fid", "2"] not in rows
     assert "| diverged |" in files["report.md"].decode() and b"data:image/png" in (
@@ -135,7 +145,7 @@ def test_a_study_ends_with_a_table_and_marks_what_diverged(folder, whole):
 @pytest.mark.parametrize("change", ["", '"four" = { num_res_blocks = 4 }\n'])
 def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, whole, change):
     before = {path: path.stat().st_mtime_ns for path in (folder / "whole" / "work").glob("*/*/*")}
-    text = STUDY + ARM + WALK + (change or WILD)
+    text = STUDY + ARM + WALK + (change or WILD) + CLAIMS
     code, said = run(folder, text, "whole", "--run", "False")
     told = "19 pieces of work, of which 19 are done" if not change else "23 pieces of work, of which 17 are done"
     assert code == 0 and told in said
@@ -149,7 +159,7 @@ def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, w
 
 def test_a_study_killed_three_times_ends_with_the_same_files(folder, whole):
     """Killed in a training, in the sampling after it, and in the last arm: aimed at files, not seconds."""
-    text = STUDY + ARM + WALK + WILD
+    text = STUDY + ARM + WALK + WILD + CLAIMS
     for pattern, count in (("train/*/model000004.pt", 1), ("sample/*/output.txt", 2), ("score/*/scores.json", 5)):
         pid, deadline = start(folder, text, "killed"), time.monotonic() + 60
         while len(list((folder / "killed" / "work").glob(pattern))) < count:
@@ -166,7 +176,7 @@ def test_arms_run_side_by_side_each_on_a_device():
     program, busy, seen, both = ablate(), [], [], threading.Barrier(2, timeout=30)
 
     class Work:
-        plan = SimpleNamespace(study={"seeds": [0, 1]}, arms=[SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+        plan = SimpleNamespace(runs=lambda: [(seed, SimpleNamespace(name=name)) for seed in (0, 1) for name in "ab"])
 
         def judge(self, device):
             assert not seen
@@ -182,6 +192,49 @@ def test_arms_run_side_by_side_each_on_a_device():
     failed = program.run_all(Work(), ["cuda:0", "cuda:1"])
     assert seen == [["cuda:0", "cuda:1"]] * 4
     assert failed.pop(("b", 0)) == "diverged: the loss is not finite" and set(failed.values()) == {"failed: no room"}
+
+
+def test_arms_that_share_a_training_are_worked_on_last(folder, tmp_path, monkeypatch):
+    """Base and DDIM share one: of two at work none then waits for the other."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "x.toml").write_text(STUDY + WALK + ARM)
+    plan = ablate().Plan(ablation.read(tmp_path / "x.toml"), tmp_path)
+    assert [(seed, arm.name) for seed, arm in plan.runs()] == [
+        (0, "base"), (0, "added"), (1, "base"), (1, "added"), (0, "DDIM"), (1, "DDIM")]  # fmt: skip
+
+
+def test_a_piece_that_several_want_at_once_is_done_once(tmp_path):
+    """Whoever comes second waits, and finds it done."""
+    begun, go = [], threading.Event()
+
+    def work(folder):
+        begun.append(folder)
+        go.wait(30)
+
+    threads = [threading.Thread(target=kept.do, args=(tmp_path, "train", {"a": 1}, work)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(begun) == 1 and kept.told(tmp_path, "train", {"a": 1}) == ""
+
+
+def test_two_studies_in_one_folder_are_refused(folder, tmp_path):
+    """But the plan may be asked for while one runs."""
+    out = folder / "twice"
+    out.mkdir()
+    held = forked.fork(lambda: (saves.Lock(out).acquire(), (tmp_path / "held").touch(), time.sleep(60)))
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    try:
+        code, said = run(folder, STUDY + ARM, "twice")
+        assert code == 2 and f"twice is in use by process {held}" in said and "or choose another --out" in said
+        assert run(folder, STUDY + ARM, "twice", "--run", "False")[0] == 0
+        assert not (out / "work").exists()
+    finally:
+        forked.kill(held)
 
 
 GUIDE = """
@@ -243,6 +296,7 @@ def test_a_guided_study_with_a_budget_in_seconds_goes_on_after_a_failure(folder)
     (STUDY + '"x" = { dropout = 0.1, against = ["base", "x"] }', "compared with 'x', which is no other arm"),
     ('axis = "dropuot"\n' + STUDY + ARM, "axis 'dropuot' is neither an option nor 'looks'; did you mean dropout or"),
     ('axis = "noise_schedule"\n' + STUDY + ARM, "arm 'base' has 'cosine' there, which is no number"),
+    (STUDY + ARM + CLAIMS, "claim 'alike': there is no arm 'DDIM'; there are base, added"),
     (STUDY, "[arms] is empty"),
     (STUDY.replace("samples = 10", "samples = 5") + ARM, "5 samples are too few for precision, recall, density"),
     (STUDY.replace("[budget]", "[bugdet]") + ARM, "unknown entry 'bugdet'; did you mean budget?"),
@@ -286,6 +340,35 @@ def arms(text, **more):
     found = ablation.arms_of(study)
     ablation.set_iterations(study, found)
     return found
+
+
+def test_a_study_extends_another_name_by_name(tmp_path):
+    (tmp_path / "common.toml").write_text(STUDY + ARM)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "x.toml").write_text(
+        'extends = "../common.toml"\nseeds = [7]\n[train]\nlr = 3e-4\n[arms]\n"x" = { dropout = 0.1 }\n')
+    whole, found = ablation.read(tmp_path / "common.toml"), ablation.read(tmp_path / "below" / "x.toml")
+    assert found["train"] == whole["train"] | {"lr": 3e-4} and list(found["arms"]) == ["added", "x"]
+    changed = {"extends", "seeds", "train", "arms"}
+    assert found["seeds"] == [7] and {name for name in whole if whole[name] != found[name]} == changed
+    (tmp_path / "common.toml").write_text('extends = "below/x.toml"\n')
+    with pytest.raises(ValueError, match="a study cannot extend itself"):
+        ablation.read(tmp_path / "below" / "x.toml")
+    (tmp_path / "common.toml").write_text('sedes = [1]\n')
+    with pytest.raises(ValueError, match=r"common\.toml has an unknown entry 'sedes'; did you mean seeds\?"):
+        ablation.read(tmp_path / "below" / "x.toml")
+
+
+def test_shared_work_is_counted_once_in_the_time_that_is_told(folder, tmp_path, monkeypatch):
+    """32 images at 4 a second: 8 s of training; 10 samples of 2 looks, each a third of a step: 5/3 s; 5 s a start."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "x.toml").write_text(STUDY.replace("seeds = [0, 1]", "seeds = [0]") + WALK.replace('"added", ', ""))
+    program = ablate()
+    plan = program.Plan(ablation.read(tmp_path / "x.toml"), tmp_path)
+    plan.set_iterations({})
+    counted = set()
+    left = [program.seconds_of(plan, arm, 0, {"base": 4, "DDIM": 4}, counted) for arm in plan.arms]
+    assert np.allclose(left, [8 + 5 / 3 + 10, 5 / 3 + 5])
 
 
 def test_operations_are_those_of_the_formula():
@@ -421,6 +504,44 @@ def test_pictures_along_the_axis_show_the_means_in_order_with_a_line_each(monkey
     assert shown[0][0] == {"a": ([0, 2], [5, 2], [0, 0], [0, 1]), "b": ([1], [8], [0], [1])}
     assert shown[2][0] == {"a": ([-5, -2], [5, 2], [0, 1], [0, 1]), "b": ([-8], [8], [1], [1])}
     assert [words[1] for words in shown] == ["dropout", "dropout", "recall"]
+
+
+@pytest.mark.parametrize("way, d, wanted", [
+    # Three seeds whose differences are d and d ± 1: standard error 1/sqrt 3, interval d ± 4.302653/sqrt 3 = d ± 2.484.
+    ({"below": "b"}, -2.5, "reproduced"), ({"below": "b"}, -2.4, "not decidable"),
+    ({"below": "b"}, 2.4, "not decidable"), ({"below": "b"}, 2.5, "not reproduced"),
+    ({"above": "b"}, 2.5, "reproduced"), ({"above": "b"}, 2.4, "not decidable"),
+    ({"above": "b"}, -2.5, "not reproduced"), ({"near": "b", "within": 2.5}, 0, "reproduced"),
+    ({"near": "b", "within": 2.4}, 0, "not decidable"), ({"near": "b", "within": 2.5}, 4.9, "not decidable"),
+    ({"near": "b", "within": 2.5}, 5, "not reproduced"), ({"near": "b", "within": 2.5}, -5, "not reproduced"),
+])  # fmt: skip
+def test_the_verdict_on_a_claim_is_that_of_its_interval(way, d, wanted):
+    scores = {"a": {"fid": {seed: d + seed - 1 + seed for seed in range(3)}},
+              "b": {"fid": {seed: seed for seed in range(4)}}}  # fmt: skip
+    claim = {"x": {"arm": "a", "of": "fid", "source": "us", **way}}
+    found = claims.judged(claim, scores)
+    assert found[0]["verdict"] == wanted and found[0]["finding"]["seeds"] == 3
+    assert claims.table(found).rows[0][5] == wanted
+    assert claims.judged(claim, {"a": scores["a"]})[0]["verdict"] == "not decidable"
+
+
+@pytest.mark.parametrize("claim, said", [
+    (3, "claim 'x' must be a table"),
+    ({"arm": "a", "of": "fid", "below": "b", "margin": 1}, "unknown entry 'margin'"),
+    ({"arm": "a", "of": "fid"}, "one of below, above and near"),
+    ({"arm": "a", "of": "fid", "below": "b", "above": "b"}, "one of below, above and near"),
+    ({"of": "fid", "below": "b"}, "give arm"),
+    ({"arm": "c", "of": "fid", "below": "b"}, "there is no arm 'c'; there are a, b"),
+    ({"arm": "a", "of": "fid", "below": "a"}, "with itself"),
+    ({"arm": "a", "of": "fib", "below": "b"}, "of = 'fib' is no score"),
+    ({"arm": "a", "below": "b"}, "of = None is no score"),
+    ({"arm": "a", "of": "fid", "near": "b"}, "near asks for within"),
+    ({"arm": "a", "of": "fid", "near": "b", "within": -1}, "near asks for within"),
+    ({"arm": "a", "of": "fid", "below": "b", "within": 1}, "near asks for within"),
+])  # fmt: skip
+def test_claims_that_no_study_could_judge_are_refused(claim, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        claims.check({"x": claim}, ["a", "b"])
 
 
 def test_curves_are_means_over_seeds_where_all_have_values():
