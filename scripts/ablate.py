@@ -27,6 +27,9 @@ class AblateOptions:
     parallel: int = option(1, "arms at once on each device")
     estimate: bool = option(True, "measure the speed of a few training steps of each arm, to say how long all takes")
     price: float = option(0.0, "cost of an hour of one device, in whatever currency, to be told beforehand")
+    recorded: str = option(
+        "", "results.json to compare the end with; empty: that in the folder beside the study file that has its name"
+    )
     run: bool = option(True, "run the study after its plan is printed; False: the plan alone")
 
 
@@ -358,11 +361,27 @@ def notes_of(plan):
         yield f"The arms were brought to the base's {plan.study['match']}; how near stands beside the changes."
 
 
+def recorded_of(args):
+    """The path of recorded results to compare with, or None. Raises FileNotFoundError if one is named that is not."""
+    path = Path(args.recorded or Path(args.study).with_suffix("") / "results.json")
+    if args.recorded and not path.is_file():
+        raise FileNotFoundError(f"--recorded {path}: no such file")
+    return path if path.is_file() else None
+
+
+def say_agreement(results, path):
+    """Print how results agree with those recorded in a file."""
+    count, equal, apart = outcome.agreement(results["arms"], json.loads(path.read_text(encoding="utf-8"))["arms"])
+    print(f"of {count} means, {equal} equal those of {path} to the last digit, {len(apart)} differ by their intervals")
+    print(*apart, sep="\n", end="\n" if apart else "")
+
+
 def main():
     args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     study.check_least(args, parallel=1)
     content = ablation.read(args.study)
     out = Path(args.out or f"runs/{Path(args.study).stem}")
+    recorded = recorded_of(args)
     plan = Plan(content, out)
     if content["budget"]["seconds"] and not args.estimate:
         raise ValueError("a budget in seconds needs the measured speed: leave --estimate True, or give images")
@@ -379,7 +398,11 @@ def main():
     runner = Runner(plan, out)
     failed = run_all(runner, slots)
     content["title"] = content["title"] or f"Study {Path(args.study).stem}"
-    outcome.write(out, content, told(runner, failed), speeds, notes_of(plan))
+    results = outcome.write(out, content, told(runner, failed), speeds, notes_of(plan))
+    for each in results["claims"]:
+        print(f"{each['verdict']}: {each['claim']}")
+    if recorded:
+        say_agreement(results, recorded)
     print(f"report: {out / 'report.html'}")
     broken = [f"{name}, seed {seed}" for (name, seed), why in failed.items() if why.startswith("failed")]
     if broken:
