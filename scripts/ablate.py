@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import itertools
 import json
+import os
 import queue
 import threading
 from dataclasses import dataclass
@@ -379,6 +380,7 @@ def say_agreement(results, path):
 def main():
     args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     study.check_least(args, parallel=1)
+    th.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as the programs that it runs: see study.Study
     content = ablation.read(args.study)
     out = Path(args.out or f"runs/{Path(args.study).stem}")
     recorded = recorded_of(args)
