@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch as th
 
-from . import checks, config, ema, generate, image_datasets, program, script_util, sizes
+from . import checks, config, ema, generate, program, script_util, sizes
 from .checkpoint import ema_name, model_name
 from .config import RunOptions
 from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions
@@ -130,7 +130,12 @@ def _known(where, given, entries):
         kinds = (int, float) if isinstance(entries[name], (int, float)) else (type(entries[name]),)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"{where}: {name} must be of the kind of {entries[name]!r}, not {value!r}")
-    return entries | given
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: {name} must be a finite number, not {value!r}")
+        if type(entries[name]) is int and value != int(value):
+            raise ValueError(f"{where}: {name} must be a whole number, not {value!r}")
+    whole = {name: int(value) for name, value in given.items() if type(entries[name]) is int}
+    return entries | given | whole
 
 
 def _check(study):
@@ -149,6 +154,9 @@ def _check(study):
     if study["axis"] and study["axis"] not in known:
         raise ValueError(f"axis {study['axis']!r} is neither an option nor {LOOKS!r}"
                          f"{config.nearest(study['axis'], known)}")  # fmt: skip
+    for name, least in (("batch_size", 1), ("points", 0)):
+        if study["evaluation"][name] < least:
+            raise ValueError(f"[evaluation] {name} must be {least} or more, not {study['evaluation'][name]}")
     if not study["data"]:
         raise ValueError("the study names no data: give data = the folder or file of the training images")
 
@@ -236,6 +244,9 @@ def _arm(study, name, changes):
     if not isinstance(changes, dict):
         raise ValueError(f"{where} must be a table of what it changes, as {{ num_res_blocks = 4 }}, not {changes!r}")
     apart = {section: changes.get(section, {}) for section in ("classifier", "sample")}
+    for section, given in apart.items():
+        if not isinstance(given, dict):
+            raise ValueError(f"{where}: {section} must be a table of options, as {{ batch_size = 50 }}, not {given!r}")
     if apart["classifier"] and not study["classifier"]:
         raise ValueError(f"{where} changes a classifier, and the study has none: give it a section [classifier]")
     apart["train"] = {option: value for option, value in changes.items() if option not in (*apart, "against")}
@@ -273,6 +284,9 @@ def _options(study, section, typed, where):
         other = [key for key in ("sample", "classifier") if name in config.options(*GROUPS[key])]
         if section == "train" and other and name not in config.options(*groups):
             raise ValueError(f"{where}: {name} is no option of training: write {other[0]} = {{ {name} = ... }}")
+        field = config.options(*groups).get(name)
+        if isinstance(given[name], list) and field and not isinstance(field.default, tuple):
+            raise ValueError(f"{where}: {name} takes one value, not {given[name]}: make an arm of each")
     for name in INHERITED.get(section, "").split():
         if name in typed["train"]:
             given.setdefault(name, typed["train"][name])
@@ -380,22 +394,13 @@ def set_iterations(study, arms, images_a_second=None):
         if study["match"] == "training":
             images *= arms[0].operations / arm.operations
         arm.iterations = max(1, math.ceil(images / arm.args["train"].batch_size - 1e-9))
+        annealed = arm.args["train"].lr_anneal_steps
+        if 0 < annealed < arm.iterations:
+            raise ValueError(
+                f"arm {arm.name!r}: lr_anneal_steps {annealed} would end its training before the {arm.iterations}"
+                f" updates of the budget: give {arm.iterations} or more, or 0"
+            )
         if study["match"] == "training":
             done = arm.iterations * arm.args["train"].batch_size * arm.operations
             wanted = (budget["images"] or budget["seconds"] * images_a_second[BASE]) * arms[0].operations
             arm.near = f"{done / wanted:.2f} of the base's operations in training"
-
-
-def open_data(study, arm):
-    """(fingerprint, number of images) of the data as an arm reads them. ValueError if they do not suit it."""
-    train, flags = arm.args["train"], arm.flags()
-    try:
-        data = image_datasets.load_data(
-            data_dir=study["data"], batch_size=train.batch_size, image_size=sizes.size_of(flags), num_workers=0,
-            image_channels=flags["image_channels"], class_cond=flags["class_cond"], label_from=train.label_from,
-            num_classes=flags["num_classes"] if flags["class_cond"] else None, background=train.background,
-            vector_channels=flags["vector_channels"],
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"arm {arm.name!r}: {error}") from error
-    return data.fingerprint, data.num_images

@@ -25,6 +25,8 @@ from .signals import end_with_parent
 from .sizes import size_of
 
 LARGEST_BATCH = 256  # that --batch_size 0 takes: more is no faster
+# What a classifier and the model that it guides must share, or it reads a noise level that is not there.
+SHARED = ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "rescale_timesteps")
 PATHS = "model_path classifier_path guide_path resume_checkpoint clip_path prior_path super_res_path".split()
 
 
@@ -449,14 +451,34 @@ def worse_model(args, flags):
     explicit = {"timestep_respacing": flags["timestep_respacing"], "precision": args.precision}
     opened = open_super_res if "large_size" in flags else open_diffusion
     network, diffusion, its_flags = opened(args.guide_path, explicit, dist_util.dev())
+    check_worse(args.guide_path, flags, its_flags)
+    return planned(diffusion, **walk_of(args))[1].predictor(network, clip_denoised=False)
+
+
+def check_worse(path, flags, its_flags):
+    """Raise ValueError if the model at path was made for other images, noise or conditions than the one to guide."""
     names = "image_size large_size image_channels noise_schedule diffusion_steps class_cond num_classes vector_channels"
     for name in flags.keys() & set(names.split()):
         if flags[name] != its_flags[name]:
             raise ValueError(
-                f"--guide_path: the model has {name} {flags[name]} and {args.guide_path} has {its_flags[name]}: only a"
-                " model of the same images, noise and conditions can guide"
+                f"--guide_path: the model has {name} {flags[name]} and {path} has {its_flags[name]}: only a model of"
+                " the same images, noise and conditions can guide"
             )
-    return planned(diffusion, **walk_of(args))[1].predictor(network, clip_denoised=False)
+
+
+def check_guiding(flags, its_flags, path=""):
+    """
+    Raise ValueError if a classifier, of its own flags, was made for other images, noise or classes than a model.
+
+    :param path: of the classifier, for the error.
+    """
+    for name in SHARED + (("num_classes",) if flags["class_cond"] else ()):
+        ours, theirs = flags[name], its_flags.get(name, flags[name])
+        if ours != theirs:
+            raise ValueError(
+                f"the model has {name} {ours} and the classifier {name} {theirs}{path and f' ({path})'}: a classifier"
+                " guides only a model of the same images, noise and classes"
+            )
 
 
 def write_samples(args, folder, diffusion, model, flags, num_classes, names, cond_fn=None, through=None):

@@ -38,12 +38,13 @@ OPTIONS = (AblateOptions,)
 POSITIONAL = {"study": "file of the study, TOML or json"}
 config.answer_help(__name__, __doc__, *OPTIONS, positional=POSITIONAL)  # before what takes seconds to import
 
+import numpy as np
 import torch as th
 
 from evaluations import claims, outcome, reference_files, sources, tables
 from evaluations.evaluator import Scorer, Settings, write
 from evaluations.features import make_extractor
-from guided_diffusion import ablation, image_datasets, kept, pace, recipes, rehearsal, saves, study
+from guided_diffusion import ablation, feasible, kept, pace, recipes, rehearsal, saves, study
 from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions
 
 STARTING_SEC = 5  # of a program, until it works
@@ -60,18 +61,13 @@ class Plan(recipes.Recipes):
         arms = ablation.arms_of(content)
         claims.check(content["claims"], [arm.name for arm in arms])
         judge = ablation.judge_of(content, arms[0])
-        opened, data = {}, {}
-        for arm in arms:
-            how = arm.args["train"]
-            looks = (how.batch_size, how.image_size, how.image_channels, how.class_cond, how.vector_channels)
-            looks += (how.num_classes, how.label_from, how.background)
-            if looks not in opened:
-                opened[looks] = ablation.open_data(content, arm)
-            data[arm.name] = opened[looks][0]
-        self.images = opened[next(iter(opened))][1]
+        images = feasible.check(content, arms, judge)
+        data, self.images = {name: each[0] for name, each in images.items()}, images[ablation.BASE][1]
         reference = reference_files.find(content["evaluation"]["reference"] or content["data"])
         super().__init__(content, out / "work", arms, judge, data, reference)
         self._check_metric()
+        if content["budget"]["images"]:
+            self.set_iterations({})
 
     def _check_metric(self):
         """Raise ValueError if there are too few images for a neighbourhood, or no network to look at them."""
@@ -84,10 +80,10 @@ class Plan(recipes.Recipes):
                 raise ValueError(
                     f"{count} {what} are too few for precision, recall, density and coverage: give {least} or more"
                 )
-        if self.study["held_out"]:
-            image_datasets.open_source(self.study["held_out"], bool(self.judge or self.study["classifier"]))
         if not self.judge:
-            make_extractor(asked["extractor"], "cpu", asked["weights"] or None)
+            extractor = make_extractor(asked["extractor"], "cpu", asked["weights"] or None)
+            height, width = sizes.sides(size)
+            extractor(np.zeros((1, height, width, channels), np.uint8))
 
     def _look(self):
         """(size in pixels, channels) of the images that are scored."""

@@ -13,9 +13,6 @@ from guided_diffusion import program
 from guided_diffusion.guidance import classifier_gradient, summed
 from guided_diffusion.script_util import open_classifier, open_diffusion
 
-# What both networks must have been trained with, or the classifier reads a noise level that is not there.
-SHARED = ("image_size", "image_channels", "noise_schedule", "diffusion_steps", "rescale_timesteps")
-
 
 def main():
     args = config.parse(__doc__, *OPTIONS)
@@ -50,13 +47,7 @@ def check_fit(args, flags, path, its_flags, earlier):
     :param earlier: what this returned for another classifier, or None.
     :return: (number of classes, their names or None).
     """
-    for name in SHARED + (("num_classes",) if flags["class_cond"] else ()):
-        ours, theirs = flags[name], its_flags.get(name, flags[name])
-        if ours != theirs:
-            raise ValueError(
-                f"the model has {name} {ours} and the classifier {name} {theirs} ({path}): a classifier guides only a"
-                " model of the same images, noise and classes"
-            )
+    program.check_guiding(flags, its_flags, path)
     names, classes = program.class_names(args.model_path), program.class_names(path)
     if flags["class_cond"] and names and classes and names != classes:
         raise ValueError(f"the model was trained on the classes {names} and the classifier on {classes} ({path})")

@@ -71,6 +71,19 @@ CLAIMS = """
 "lower" = { arm = "added", of = "fid", below = "base", source = "nobody" }
 "alike" = { arm = "DDIM", of = "fid", near = "added", within = 1e9 }
 """
+UNLABELLED = STUDY.replace("digits.npz", "bare.npz").replace("class_cond = true", "class_cond = false").replace(
+    'classes = "all"', "").replace("held_out", "#")  # fmt: skip
+GUIDE = """
+[classifier]
+classifier_width = 32
+classifier_depth = 1
+classifier_attention_resolutions = ""
+classifier_channel_mult = "1,1"
+classifier_num_head_channels = 32
+iterations = 1
+num_workers = 0
+"""
+GUIDED = STUDY.replace("[arms]", GUIDE + "[arms]").replace("[sample]", "[sample]\nclassifier_scale = 2")
 RESULTS = "results.csv", "results.json", "report.md"
 
 
@@ -80,6 +93,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("study")
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     np.savez(path / "digits.npz", arr_0=images, arr_1=np.arange(40) % 10)
+    np.savez(path / "bare.npz", arr_0=images)
     return path
 
 
@@ -245,27 +259,14 @@ def test_two_studies_in_one_folder_are_refused(folder, tmp_path):
         forked.kill(held)
 
 
-GUIDE = """
-[classifier]
-classifier_width = 32
-classifier_depth = 1
-classifier_attention_resolutions = ""
-classifier_channel_mult = "1,1"
-classifier_num_head_channels = 32
-iterations = 1
-num_workers = 0
-"""
-
-
 def test_a_guided_study_with_a_budget_in_seconds_goes_on_after_a_failure(folder):
     """What the samples are guided by is trained for each arm that changes it; speeds and distances are told."""
-    text = STUDY.replace("images = 32", "seconds = 0.05").replace("[0, 1]", "[3]").replace("[arms]", GUIDE + "[arms]")
+    text = GUIDED.replace("images = 32", "seconds = 0.05").replace("[0, 1]", "[3]")
     text = text.replace("samples = 10", "samples = 10\npoints = 1").replace("class_cond = true", "class_cond = false")
-    text = text.replace("[sample]", "[sample]\nclassifier_scale = 2")
-    text += '"clean" = { classifier = { noised = false } }\n"few" = { sample = { classes = "0:3" } }\n'
+    text += '"clean" = { classifier = { noised = false } }\n"few" = { sample = { log_formats = "none" } }\n'
     for attempt in (1, 2):
         code, said = run(folder, text, "guided", "--estimate", "True", "--price", "2")
-        assert code == 2 and "few, seed 3: failed: scripts/classifier_sample.py ended with exit code 2; --cl" in said
+        assert code == 2 and "few, seed 3: failed: scripts/classifier_sample.py ended with exit code 2; " in said
         assert "came to nothing, and will be tried again by the same command: few, seed 3" in said
         assert "10 pieces of work, of which 0 are done" in said if attempt == 1 else "of which 8 are done" in said
         assert "at 2 an hour" in said
@@ -291,7 +292,33 @@ def test_a_guided_study_with_a_budget_in_seconds_goes_on_after_a_failure(folder)
     (STUDY + '"x" = { ema_rate = "2" }', "arm 'x' cannot be built: an ema_rate is a decay in [0, 1)"),
     (STUDY + '"x" = { sample = { sampler = "ddmp" } }', "arm 'x' cannot be built: unknown sampler: ddmp"),
     (STUDY + '"x" = { sample = { guidance_scale = 2 } }', "arm 'x' cannot be built: --guidance_scale 2.0: the model"),
-    (STUDY + '"x" = { batch_size = 64 }', "arm 'x': "),
+    (STUDY + '"x" = { batch_size = 64 }', "arm 'x': digits.npz"),
+    (STUDY + '"x" = { lr = -1 }', "arm 'x': lr_min is a rate from 0 to lr -1.0"),
+    (STUDY + '"x" = { beta2 = 2 }', "arm 'x': beta2 is a decay in [0, 1), as 0.999, not 2.0"),
+    (STUDY + '"x" = { lr = [0.1, 0.2] }', "arm 'x': lr takes one value, not [0.1, 0.2]: make an arm of each"),
+    (STUDY + '"x" = { keep_best = true }', "arm 'x': keep_best needs held-out images"),
+    (STUDY + '"x" = { lr_anneal_steps = 7 }', "arm 'x': lr_anneal_steps 7 would end its training before the 8 updates"),
+    (STUDY + '"x" = { image_size = 16 }', "arm 'x': image_size is 16, and the base has 8: only scores of"),
+    (STUDY + '"x" = { sample = 3 }', "arm 'x': sample must be a table of options"),
+    (STUDY + '"x" = { sample = { batch_size = -1 } }', "arm 'x', sample: --batch_size must be 0 or more, not -1"),
+    (STUDY + '"x" = { sample = { reuse_every = 0 } }', "arm 'x', sample: --reuse_every must be 1 or more, not 0"),
+    (STUDY + '"x" = { sample = { classes = "10" } }', "arm 'x', sample: "),
+    (STUDY + '"x" = { sample = { num_channels = 64 } }', "arm 'x', sample: num_channels 64: the network is trained"),
+    (STUDY + '"x" = { sample = { classes = "0:3" } }', "arm 'x', sample: "),
+    (STUDY + '"x" = { sample = { guide_path = "no.pt", guidance_scale = 2 } }', "arm 'x', sample: "),
+    (STUDY.replace("iterations = 1", "iterations = 0") + ARM, "[judge]: iterations must be 1 or more, not 0"),
+    (STUDY.replace("[judge]", "[judge]\nimage_size = 16") + ARM, "[judge]: image_size is 16, and the base has 8"),
+    (STUDY.replace("[judge]", "[judge]\nnum_classes = 5") + ARM, "[judge]: label 9 in the data does not fit 5 classes"),
+    (STUDY.replace("[judge]", "[judge]\nnoised = true") + ARM, "[judge]: it looks at images without noise"),
+    (STUDY.replace('held_out = "digits', 'held_out = "bare') + ARM, "[judge]: bare.npz has no labels"),
+    (UNLABELLED + ARM, "[judge]: bare.npz has no labels"),
+    (GUIDED + '"x" = { classifier = { noise_schedule = "linear" } }', "arm 'x', classifier: the model has noise_sche"),
+    (GUIDED + '"x" = { classifier = { num_classes = 11 } }', "arm 'x', classifier: the model has num_classes 10"),
+    (GUIDED + '"x" = { classifier = { iterations = 0 } }', "arm 'x', classifier: iterations must be 1 or more"),
+    (GUIDED + '"x" = { class_cond = false, sample = { classes = "12" } }', "arm 'x', sample: "),
+    (STUDY.replace("samples = 10", "samples = 10.5") + ARM, "[evaluation]: samples must be a whole number, not 10.5"),
+    (STUDY.replace("samples = 10", "batch_size = 0") + ARM, "[evaluation] batch_size must be 1 or more, not 0"),
+    (STUDY.replace("images = 32", "images = inf") + ARM, "[budget]: images must be a finite number, not inf"),
     (STUDY + '"x" = { seed = 3 }', "arm 'x': seed is set by the study itself"),
     (STUDY + '"x" = { iterations = 3 }', "arm 'x': iterations follow from [budget]"),
     (STUDY + '"x" = { classifier = { noised = false } }', "arm 'x' changes a classifier, and the study has none"),
@@ -398,7 +425,7 @@ def test_the_studies_that_ship_can_be_planned(name, tmp_path, monkeypatch):
             images = rng.integers(0, 256, (256, size, size, channels), np.uint8)
             np.savez(part[key], arr_0=images, arr_1=np.arange(256) % 10)
     program = ablate()
-    monkeypatch.setattr(program, "make_extractor", lambda *words: None)  # of the one that asks for Inception's weights
+    monkeypatch.setattr(program, "make_extractor", lambda *words: lambda images: None)  # Inception is not here
     plan = program.Plan(content, tmp_path)
     plan.set_iterations({})
     assert len(plan.arms) == len(content["arms"]) + 1 and len(content["seeds"]) >= 3

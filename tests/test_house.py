@@ -41,7 +41,7 @@ MACHINERY = [
     "convert",
     "program study rehearsal kept probe",
     "doctor ablation",
-    "recipes",
+    "recipes feasible",
 ]
 LIBRARIES = {"numpy", "torch"}  # of mathematics and networks, beside the standard library
 LIGHT = [*MATHEMATICS, *NETWORKS, "toy_models"]  # what needs no other
