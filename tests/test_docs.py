@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluations import claims
+from guided_diffusion import ablation
+
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "datasets" / "README.md"]
 
@@ -295,23 +298,62 @@ def test_every_command_of_the_page_on_super_resolution(clone):
     assert (clone / "runs/bits_nll/nll.png").exists()
 
 
-def test_every_command_of_the_page_on_studies(clone):
-    """In forks of this process, since there are many; the study that ships is planned only."""
-    page = ROOT / "docs" / "studies.md"
-    (clone / "study.toml").write_text(tiny(blocks(page, "toml")[0]))
-    ran = commands(page)
-    make = ran.pop(ran.index("make reproduce-small"))
-    done = subprocess.check_output([*make.replace("make", "make -n").split()], cwd=ROOT, text=True)
-    planned = re.search(r"python (scripts/ablate.py docs/reproduction/architecture.toml.*)", done)[1]
-    for command in [*ran, f"python {planned} --run False --estimate False"]:
+def run_in_forks(ran, clone):
+    """Run commands of programs in forks of this process, since there are many; what the last one said."""
+    for command in ran:
         _, script, *words = shlex.split(tiny(command).replace("--parallel 2", ""))  # forks are one at a time
         (clone / "said.txt").unlink(missing_ok=True)
         assert forked.ended(forked.start(script, words, clone)) == 0, f"{command}\n{(clone / 'said.txt').read_text()}"
-    assert "10 arms x 3 seeds: 91 pieces of work, of which 0 are done" in (clone / "said.txt").read_text()
+    return (clone / "said.txt").read_text()
+
+
+def test_every_command_of_the_page_on_studies(clone):
+    page = ROOT / "docs" / "studies.md"
+    (clone / "study.toml").write_text(tiny("\n".join(blocks(page, "toml"))))
+    run_in_forks(commands(page), clone)
     rows = (clone / "runs/study/results.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows if ",fid," in row] == ["base", "two blocks", "addition", "DDIM"]
     assert (clone / "runs/study/report.html").read_text().count("data:image/png") == 5
+    claimed = json.loads((clone / "runs/study/results.json").read_text())["claims"]
+    assert [each["claim"] for each in claimed] == ["two blocks lower the distance", "DDIM costs nothing"]
     assert len(list(clone.glob("runs/guidance/cases/*/scores.json"))) == 4
+
+
+def test_every_command_of_the_page_on_reproduction(clone):
+    """The studies that ship are planned only."""
+    for command in commands(ROOT / "docs" / "reproduction.md"):
+        if command.startswith("make "):
+            done = subprocess.check_output(shlex.split(command.replace("make", "make -n")), cwd=ROOT, text=True)
+            ran = re.findall(r"^\.venv/bin/(python (?:datasets|scripts)/.*)", done, re.MULTILINE)
+            assert [line.split()[1] for line in ran] == ["datasets/digits.py", "scripts/ablate.py"]
+        else:
+            ran = [command]
+        ran = [f"{line} --run False --estimate False" if "ablate" in line else line for line in ran]
+        said = run_in_forks(ran, clone)
+        if command == "make reproduce-small":
+            assert "11 arms x 5 seeds: 131 pieces of work, of which 0 are done" in said
+
+
+RECORDED = {path.parent.name: path for path in sorted((ROOT / "docs/reproduction").glob("*/results.json"))}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_page_on_reproduction_says_what_the_recorded_studies_found(name):
+    """Each verdict follows from the recorded scores and the claims as they stand in the study's file."""
+    path = RECORDED[name]
+    found, page = json.loads(path.read_text()), (ROOT / "docs" / "reproduction.md").read_text()
+    written = ablation.read(path.parent.with_suffix(".toml"))
+    judged = claims.judged(written["claims"], {arm["name"]: arm["scores"] for arm in found["arms"]})
+    assert judged == found["claims"] and judged
+    for row in claims.table(judged).rows:
+        assert f"| {' | '.join(row)} |" in page
+    assert [arm["name"] for arm in found["arms"]] == ["base", *written["arms"]]
+    for arm in found["arms"]:
+        assert set(arm["scores"]["fid"]) == set(map(str, written["seeds"])) and not arm["failed"]
+    for each in judged:
+        low, high = (each["finding"][end] for end in ("low", "high"))
+        if "near" not in each and low <= 0 <= high:
+            assert each["verdict"] == "not decidable"
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -320,7 +362,8 @@ def test_python_in_the_docs_runs(path, tmp_path, monkeypatch):
     found = blocks(path, "python")
     if found:
         exec(compile("\n".join(found), str(path), "exec"), {"__name__": "docs"})
-    assert found or path.name in ("training.md", "differences.md", "super_resolution.md", "speed.md")
+    assert found or path.name in ("training.md", "differences.md", "super_resolution.md", "speed.md",
+                                      "reproduction.md")  # fmt: skip
 
 
 def test_links_lead_somewhere():
