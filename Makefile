@@ -21,10 +21,11 @@ demo: .venv/installed
 demo-text: .venv/installed
 	$(BIN)/python scripts/demo_text.py
 
-# One whole study on two cores, within the hour (docs/studies.md).
+# One whole study on two cores, within the hour (docs/reproduction.md): guidance, or STUDY=architecture, steps, samplers.
+STUDY ?= guidance
 reproduce-small: .venv/installed
 	$(BIN)/python datasets/digits.py data/digits
-	$(BIN)/python scripts/ablate.py docs/reproduction/architecture.toml --parallel 2
+	$(BIN)/python scripts/ablate.py docs/reproduction/$(STUDY).toml --parallel 2
 
 test: .venv/installed
 	$(PYTEST)

@@ -20,7 +20,7 @@ import torch as th
 
 from evaluations import metrics
 from evaluations.features import ClassifierExtractor
-from guided_diffusion import config, generate, guidance, pictures, program, study, text
+from guided_diffusion import checks, generate, guidance, pictures, program, study, text
 from guided_diffusion.script_util import open_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def draw(args, encoder, texts, scale, num_samples):
 def asked(args, encoder, texts, scale):
     """What to sample from, the model, its process and the shape of its images, and how: vectors and guidance."""
     model, diffusion, flags = open_diffusion(args.model_path, {"timestep_respacing": str(args.steps)})
-    shape, null = (flags["image_channels"], flags["image_size"], flags["image_size"]), config.nulls(flags)
+    shape, null = (flags["image_channels"], flags["image_size"], flags["image_size"]), checks.nulls(flags)
 
     def guide(predict):
         return guidance.classifier_free(predict, null, scale, batched=True) if scale != 1 else predict

@@ -8,7 +8,7 @@ import pairs
 import torch as th
 
 from guided_diffusion import config, diffusers_format, generate
-from guided_diffusion.config import DiffusionOptions, ModelOptions
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}
 SAMPLERS = {  # ours: (its scheduler there, what it is told)

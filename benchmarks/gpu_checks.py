@@ -23,8 +23,8 @@ from pathlib import Path
 import torch as th
 
 from guided_diffusion import config, dist_util, ema, guidance, logger, sampling
-from guided_diffusion.config import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.fp16_util import PRECISIONS
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.script_util import create_classifier_and_diffusion, create_model_and_diffusion
 from guided_diffusion.train_util import DiffusionTask, Trainer
 

@@ -14,8 +14,8 @@ import torch as th
 
 from guided_diffusion import config, ema, generate, guidance, presets, sampling
 from guided_diffusion.compiling import compile_blocks
-from guided_diffusion.config import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.fp16_util import PRECISIONS, MixedPrecisionTrainer, make_adamw
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.nn import update_ema
 from guided_diffusion.reuse import Reusing
 from guided_diffusion.script_util import (

@@ -11,7 +11,9 @@ gives; for --random_crop pack larger.
 
 import argparse
 
-from guided_diffusion import config
+from guided_diffusion import config, sizes
+from guided_diffusion.network_options import ModelOptions
+from guided_diffusion.training_options import TrainOptions
 
 
 def parse():
@@ -19,7 +21,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, zip, tar, npz, npy, idx, CIFAR batches or LMDB")
     parser.add_argument("out", help="file to write, NAME.zip or NAME.npy")
-    known = config.options(config.TrainOptions, config.ModelOptions)
+    known = config.options(TrainOptions, ModelOptions)
     for name in "image_size image_channels label_from background skip_bad_images num_workers".split():
         config.add_flag(parser, name, known[name].default, **known[name].metadata)
         parser.set_defaults(**{name: known[name].default})
@@ -85,7 +87,7 @@ def pack(source, out, image_size=64, image_channels=3, class_cond=True, label_fr
     check_background(background)
     held = open_source(source, class_cond, label_from)
     dataset = ImageDataset(
-        config.sides(image_size), held.images, random_flip=False, image_channels=image_channels, background=background
+        sizes.sides(image_size), held.images, random_flip=False, image_channels=image_channels, background=background
     )
     crops = DataLoader(Crops(dataset), batch_size=None, num_workers=num_workers, collate_fn=_unchanged)
     crops = _readable(tqdm(crops, desc="packed", unit="image", disable=not progress), skip_bad_images)

@@ -22,7 +22,7 @@ def locate(path):
 
 def size_of(flags):
     """(height, width) of the images that a network of these flags reads."""
-    from guided_diffusion.config import size_of
+    from guided_diffusion.sizes import size_of
 
     return size_of(flags)
 
@@ -74,8 +74,8 @@ def center_crop(image, size):
 
     :param size: as of `parse_size`.
     """
-    from guided_diffusion.config import sides
     from guided_diffusion.image_datasets import center_crop_arr
+    from guided_diffusion.sizes import sides
 
     return center_crop_arr(image, sides(size))
 
@@ -89,7 +89,7 @@ def help_first(module, parse):
 
 def parse_size(text):
     """A side in pixels, or "HEIGHTxWIDTH", of what is typed; argparse.ArgumentTypeError for anything else."""
-    from guided_diffusion.config import parse_size
+    from guided_diffusion.sizes import parse_size
 
     return parse_size(text)
 

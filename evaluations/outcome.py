@@ -29,6 +29,7 @@ def write(out, study, arms, speeds=None, notes=()):
         curve that it is a point of; and runs, {seed: {"failed": why, or "", "scores": result of the evaluator as a dict
         or None, "samples": npz or None, "log": {column: (images seen, values)}}}.
     :param speeds: {name: images a second in training}, measured. :param notes: lines that stand on the page.
+    :return: the content of results.json.
     """
     found = results(arms)
     judged = claims.judged(study["claims"], {arm["name"]: arm["scores"] for arm in found})
@@ -36,6 +37,7 @@ def write(out, study, arms, speeds=None, notes=()):
     gallery.write(out / "results.json", json.dumps(content, indent=2) + "\n")
     gallery.write(out / "results.csv", to_csv(found))
     report.write(out, page(study, arms, found, judged, speeds or {}, notes))
+    return content
 
 
 def results(arms):
@@ -100,6 +102,30 @@ def page(study, arms, found, judged, speeds, notes):
     for number, arm in enumerate(arms):
         blocks += grid(number, arm)
     return blocks
+
+
+def agreement(found, recorded):
+    """
+    How the results of a study agree with recorded ones: (how many means were compared, how many are equal to the last
+    digit, texts that name those whose 95 % intervals do not meet).
+
+    Two intervals of one truth miss each other far more rarely than either misses the truth; so one that is named is
+    another result.
+
+    :param found: arms as `results` gives them. :param recorded: the same, read from a results.json.
+    """
+    before, count, equal, apart = {arm["name"]: arm["compared"] for arm in recorded}, 0, 0, []
+    for arm in found:
+        for name, both in arm["compared"].items():
+            if name not in before.get(arm["name"], {}):
+                continue
+            new, old = both["mean"], before[arm["name"]][name]["mean"]
+            count += 1
+            equal += new == old
+            if None not in (new["low"], old["low"]) and (new["low"] > old["high"] or new["high"] < old["low"]):
+                texts = [" in ".join(paired.texts(each)) for each in (new, old)]
+                apart.append(f"{arm['name']}, {tables.NAMES[name]}: {texts[0]}, recorded {texts[1]}")
+    return count, equal, apart
 
 
 def along(found, names, axis):

@@ -10,19 +10,12 @@ from pathlib import Path
 
 import torch as th
 
-from . import config, ema, generate, program, script_util
+from . import checks, config, ema, generate, program, script_util, sizes
 from .checkpoint import ema_name, model_name
-from .config import (
-    ClassifierOptions,
-    ClassifierSampleOptions,
-    ClassifierTrainOptions,
-    DiffusionOptions,
-    ModelOptions,
-    RunOptions,
-    SampleOptions,
-    TrainOptions,
-    WatchOptions,
-)
+from .config import RunOptions
+from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions
+from .sampling_options import ClassifierSampleOptions, SampleOptions
+from .training_options import ClassifierTrainOptions, TrainOptions, WatchOptions
 
 ENTRIES = {
     "extends": "", "title": "", "data": "", "held_out": "", "seeds": [0, 1, 2], "match": "", "axis": "", "budget": {},
@@ -100,7 +93,10 @@ def read(path):
 
 
 def _written(path, below=()):
-    """What stands in a file, over what stands in the one it extends; of the entries that are tables, name by name."""
+    """
+    What stands in a file, over what stands in the one it extends; of the entries that are tables, name by name, but an
+    empty table empties.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such study file")
     if path.resolve() in below:
@@ -113,7 +109,7 @@ def _written(path, below=()):
     other = _known(str(path), found, ENTRIES)["extends"]
     under = _written(path.parent / other, (*below, path.resolve())) if other else {}
     tables = {name for name in found if isinstance(found[name], dict) and isinstance(under.get(name), dict)}
-    return under | found | {name: under[name] | found[name] for name in tables}
+    return under | found | {name: under[name] | found[name] for name in tables if found[name]}
 
 
 def _toml():
@@ -308,10 +304,10 @@ def _measure(arm):
     if "classifier" in arm.args:
         args = arm.args["classifier"]
         _build("classifier", config.flags_of(args, ClassifierOptions, DiffusionOptions), args)
-        config.check_classifier_guidance(sample)
+        checks.check_classifier_guidance(sample)
     else:
-        config.check_classes(flags, sample.classes)
-    config.check_guidance(sample, config.nulls(flags))
+        checks.check_classes(flags, sample.classes)
+    checks.check_guidance(sample, checks.nulls(flags))
     changed = {name: value for name, value in config.explicit_flags(sample).items() if name in flags}
     diffusion = script_util.process_of(flags | changed)
     twice = sample.guidance_scale != 1
@@ -333,7 +329,7 @@ def operations(net, flags):
     from torch.utils.flop_counter import FlopCounterMode
 
     place = th.device("meta")
-    x = th.empty(1, flags["image_channels"], *config.size_of(flags), device=place)
+    x = th.empty(1, flags["image_channels"], *sizes.size_of(flags), device=place)
     cond = {"y": th.zeros(1, dtype=th.long, device=place)} if flags["class_cond"] else {}
     if flags["vector_channels"]:
         cond["vector"] = th.empty(1, flags["vector_channels"], device=place)

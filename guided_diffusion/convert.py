@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import checkpoint, config, published, recognition
+from . import checkpoint, config, published, recognition, sizes
 from . import diffusers_format as theirs
 from .identify import GROUPS, TOLD_GROUPS, identify
 from .script_util import build
@@ -137,7 +137,7 @@ def read_diffusers(folder, explicit):
     if open_flags:
         raise ValueError(f"{folder} does not tell {' and '.join(open_flags)}: type them")
     flags = defaults | told | {"use_new_attention_order": False}
-    attention = config.attention_downsampling(flags["attention_resolutions"], flags["image_size"])
+    attention = sizes.attention_downsampling(flags["attention_resolutions"], flags["image_size"])
     try:
         state = theirs.imported(_tensors(unet), flags, attention, sines_first)
     except (LookupError, RuntimeError) as error:

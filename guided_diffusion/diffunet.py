@@ -5,7 +5,7 @@ a configuration of ADM's: as flags, for the programs, and as a class that also t
 
 import torch as th
 
-from . import config
+from . import sizes
 from .process import Process, get_named_beta_schedule
 from .unet import UNetModel
 
@@ -57,8 +57,8 @@ class DiffUNet(UNetModel):
             in_channels=in_channels,
             out_channels=out_channels * (2 if learn_sigma else 1),
             model_channels=flags.pop("num_channels"),
-            channel_mult=config.parse_channel_mult(flags.pop("channel_mult")),
-            attention_resolutions=config.attention_downsampling(flags.pop("attention_resolutions"), DOWNSAMPLING),
+            channel_mult=sizes.parse_channel_mult(flags.pop("channel_mult")),
+            attention_resolutions=sizes.attention_downsampling(flags.pop("attention_resolutions"), DOWNSAMPLING),
             **flags,
         )
         self.image_channels = out_channels

@@ -9,7 +9,8 @@ of time may put the sines first.
 
 import torch
 
-from . import config, recognition
+from . import config, recognition, sizes
+from .network_options import DiffusionOptions, ModelOptions
 from .schedules import get_named_beta_schedule
 
 UNET, SCHEDULER, WEIGHTS = "UNet2DModel", "DDPMScheduler", "diffusion_pytorch_model.safetensors"
@@ -56,7 +57,7 @@ def unet_config(flags, attention):
     :param attention: the downsampling factors that have attention, as `recognition.infer_flags` tells them.
     :raises ValueError: naming the option that no UNet2DModel has.
     """
-    mult = config.levels(flags["channel_mult"], flags["image_size"])
+    mult = sizes.levels(flags["channel_mult"], flags["image_size"])
     widths = [int(factor * flags["num_channels"]) for factor in mult]
     refused = {
         "network": flags["network"] != "adm",
@@ -145,7 +146,7 @@ def flags_of(unet, scheduler, path):
     if not isinstance(unet, dict) or unet.get("_class_name") != UNET:
         raise ValueError(f"{path} describes no {UNET}: no other network of diffusers can be converted")
     unet = DEFAULTS | {name: value for name, value in unet.items() if not (value is None and name in FIXED)}
-    defaults, kept = config.defaults(config.ModelOptions, config.DiffusionOptions), unet.get(PRIVATE)
+    defaults, kept = config.defaults(ModelOptions, DiffusionOptions), unet.get(PRIVATE)
     kept = {name: kept[name] for name in KEPT if type(kept.get(name)) is type(defaults[name])} if kept else {}
     try:
         told = _network_flags(unet, path)
@@ -255,7 +256,7 @@ def renamed(flags, attention):
     :param flags: of the network, widths in `channel_mult`.
     :param attention: as `unet_config`.
     """
-    levels = len(config.levels(flags["channel_mult"], flags["image_size"]))
+    levels = len(sizes.levels(flags["channel_mult"], flags["image_size"]))
     blocks, updown = flags["num_res_blocks"], flags["resblock_updown"]
     pairs = [("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
              ("label_emb", "class_embedding"), ("input_blocks.0.0", "conv_in")]  # fmt: skip

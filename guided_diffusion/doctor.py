@@ -4,7 +4,9 @@ for a network, the memory that it takes, a microbatch that fits, and whether the
 """
 
 from . import config
-from .config import ClassifierOptions, DiffusionOptions, DoctorOptions, ModelOptions, RunOptions, TrainOptions
+from .config import RunOptions
+from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions
+from .training_options import DoctorOptions, TrainOptions
 
 OPTIONS = DoctorOptions, TrainOptions, ModelOptions, ClassifierOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import

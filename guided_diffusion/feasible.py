@@ -5,8 +5,8 @@ refused before the first of them begins.
 
 import contextlib
 
-from . import checkpoint, config, image_datasets, program, published, train_util
-from .config import ClassifierOptions, DiffusionOptions, ModelOptions
+from . import checkpoint, checks, config, image_datasets, program, published, sizes, train_util
+from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 from .script_util import open_diffusion
 
 IMAGES = "image_size", "image_channels"  # in which all networks of a study must agree
@@ -27,7 +27,7 @@ def check(study, arms, judge):
         with naming(where):
             _check_images(flags, base)
             images = data.opened(train, flags, flags["class_cond"])
-            config.check_watching(train)
+            checks.check_watching(train)
             _check_training(train, "use_fp16", validated=False)
         found[arm.name] = images.fingerprint, images.num_images
         classes, names = flags["num_classes"] if flags["class_cond"] else 0, images.class_names
@@ -38,7 +38,7 @@ def check(study, arms, judge):
                 classes = its["num_classes"]
         with naming(f"{where}, sample"):
             _check_sampling(arm.args["sample"], flags)
-            config.parse_classes(arm.args["sample"].classes, len(names or ()) or classes, count, names)
+            checks.parse_classes(arm.args["sample"].classes, len(names or ()) or classes, count, names)
     if judge:
         with naming("[judge]"):
             if "noised" in judge[1].explicit and judge[1].noised:
@@ -65,7 +65,7 @@ class _Data:
     def opened(self, args, flags, labelled):
         """The stream of images that training with these options would read. Raises ValueError if it cannot."""
         how = {
-            "batch_size": args.batch_size, "image_size": config.size_of(flags), "background": args.background,
+            "batch_size": args.batch_size, "image_size": sizes.size_of(flags), "background": args.background,
             "image_channels": flags["image_channels"], "class_cond": labelled, "label_from": args.label_from,
             "num_classes": flags["num_classes"] if labelled else None, "num_workers": 0,
             "vector_channels": flags.get("vector_channels", 0),
@@ -91,7 +91,7 @@ def _check_training(args, half, validated):
     if args.num_workers < 0:
         raise ValueError(f"--num_workers must be 0 or more, not {args.num_workers}")
     half_counts = getattr(args, half) and (half in args.explicit or not args.precision)
-    precision = config.precision_of(args.precision, half_counts, half)
+    precision = checks.precision_of(args.precision, half_counts, half)
     train_util.check_options(vars(args) | {"precision": precision, "val_data": validated or None})
 
 
@@ -106,10 +106,10 @@ def _check_classifier(args, data):
 
 def _check_sampling(args, flags):
     """Raise ValueError for options that sampling from a model of these flags would refuse, but for its walk."""
-    config.check_counts(args, batch=0)
-    config.check_reuse(args)
-    config.check_prompts(args, flags)
-    config.parse_interval(args.guidance_interval)
+    checks.check_counts(args, batch=0)
+    checks.check_reuse(args)
+    checks.check_prompts(args, flags)
+    checks.parse_interval(args.guidance_interval)
     network = config.options(ModelOptions).keys() & args.explicit - set(checkpoint.PASSING)
     for name in sorted(network):
         if getattr(args, name) != flags[name]:

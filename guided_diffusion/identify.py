@@ -9,8 +9,9 @@ tells is asked for.
 import math
 import re
 
-from . import checkpoint, config, logger, presets, recognition
-from .config import (
+from . import checkpoint, config, logger, presets, recognition, sizes
+from .network_options import (
+    CaptionOptions,
     ClassifierOptions,
     ClipOptions,
     ClipSizes,
@@ -30,7 +31,7 @@ GROUPS = {
 }
 TOLD_GROUPS = {  # of networks that only their config.json tells of
     "clip": (ClipOptions,),
-    "prior": (PriorOptions, PriorProcessOptions, config.CaptionOptions, ClipSizes),
+    "prior": (PriorOptions, PriorProcessOptions, CaptionOptions, ClipSizes),
     "decoder": (DecoderOptions, DecoderProcessOptions, ClipSizes),
 }
 SIZES = {"diffusion": "image_size", "super_res": "large_size", "classifier": "image_size"}
@@ -208,11 +209,11 @@ def _sizes(kind, inferred):
     name = "classifier_channel_mult" if kind == "classifier" else "channel_mult"
     if name not in inferred:
         return "the side of its images"
-    mult = config.parse_channel_mult(inferred[name])
+    mult = sizes.parse_channel_mult(inferred[name])
     film = inferred.get("network") == "film"
     multiple = f"a multiple of {2 ** (len(mult) - (not film))}"
     usual = [side for side in (512, 256, 128, 64, 32, 16, 8)
-             if config.default_channel_mult(side, kind == "super_res") == mult and not film]  # fmt: skip
+             if sizes.default_channel_mult(side, kind == "super_res") == mult and not film]  # fmt: skip
     return multiple + (f", by its widths {' or '.join(map(str, usual))}" if usual else "")
 
 

@@ -70,14 +70,11 @@ def load_data(
     check_background(background)
     source = open_source(data_dir, class_cond, label_from, class_names, vector_channels, captions)
     if once:
-        batches_per_epoch = math.ceil(len(range(rank, len(source.images), num_ranks)) / max(batch_size, 1))
+        batches_per_epoch = _batches_of_a_pass(len(source.images), batch_size, rank, num_ranks)
     else:
         batches_per_epoch = _batches_per_epoch(data_dir, len(source.images), batch_size, num_ranks)
     if class_cond:
-        _check_labels(source, num_classes)
-        if class_names is None:
-            warn_of_gaps(source.labels, source.class_names, source.rule)
-        source.class_names = source.class_names or [str(label) for label in range(source.labels.max() + 1)]
+        _settle_labels(source, num_classes, told=class_names is not None)
     texts, numbers = _numbered(source.texts)
     dataset = ImageDataset(
         image_size, source.images, source.labels, random_crop=random_crop, random_flip=random_flip,
@@ -105,6 +102,11 @@ def _numbered(texts):
     return unique.tolist(), numbers.reshape(texts.shape)
 
 
+def _batches_of_a_pass(num_images, batch_size, rank, num_ranks):
+    """Batches, the last one of them maybe smaller, that this rank has in one pass over all images."""
+    return math.ceil(len(range(rank, num_images, num_ranks)) / max(batch_size, 1))
+
+
 def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
     """Full batches that every rank has in an epoch; all ranks drop the same tail, so that their epochs end together."""
     images_per_rank = num_images // num_ranks
@@ -115,6 +117,14 @@ def _batches_per_epoch(data_dir, num_images, batch_size, num_ranks):
             f"batch of {batch_size}: {remedy}, or add images"
         )
     return images_per_rank // batch_size
+
+
+def _settle_labels(source, num_classes, told):
+    """Check the labels, warn of classes without images where their names were not told, and name those without one."""
+    _check_labels(source, num_classes)
+    if not told:
+        warn_of_gaps(source.labels, source.class_names, source.rule)
+    source.class_names = source.class_names or [str(label) for label in range(source.labels.max() + 1)]
 
 
 def _check_labels(source, num_classes):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import checkpoint, config
+from .network_options import ClassifierOptions, ModelOptions
 
 FORMAT = 1
 NOTE_NAME = "doctor.json"
@@ -161,7 +162,7 @@ def device_name(device):
 
 def network_of(flags):
     """What of a network's flags memory depends on."""
-    names = [*config.options(config.ModelOptions, config.ClassifierOptions), "learn_sigma"]
+    names = [*config.options(ModelOptions, ClassifierOptions), "learn_sigma"]
     return {name: flags[name] for name in names if name in flags}
 
 

@@ -9,17 +9,20 @@ from functools import partial
 import numpy as np
 import torch as th
 
-from . import checkpoint, config, dist_util, ema, guidance, health, logger, memory, published, runs, signals, text
+from . import checkpoint, checks, config, dist_util, ema, guidance, health, logger, memory, published, runs, text
 from .compiling import compile_blocks
 from .fp16_util import PRECISIONS
 from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
 from .layouts import to_channels_last
+from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions
 from .pace import convolution_rate
 from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
+from .signals import end_with_parent
+from .sizes import size_of
 
 LARGEST_BATCH = 256  # that --batch_size 0 takes: more is no faster
 # What a classifier and the model that it guides must share, or it reads a noise level that is not there.
@@ -35,7 +38,7 @@ def start(args, *settled_later):
     :return: (device, folder), the folder being the same for all ranks and known to be writable. Of a training run it is
         that of the checkpoints, this run's alone, and `args.resume_checkpoint` is what it goes on from.
     """
-    signals.end_with_parent()
+    end_with_parent()
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     dist_util.setup_dist(args.device or None)
@@ -110,7 +113,7 @@ def text_encoder(path):
 
 def log_network(path, flags):
     """Log what a checkpoint turned out to be: its options that are not the defaults."""
-    groups = config.ModelOptions, config.SuperResOptions, config.ClassifierOptions, config.DiffusionOptions
+    groups = ModelOptions, SuperResOptions, ClassifierOptions, DiffusionOptions
     usual = config.defaults(*groups)
     told = [f"{name} {value}" for name, value in flags.items() if value != usual[name]]
     logger.log(f"{path}: {', '.join(told) or 'all options at their defaults'}")
@@ -168,7 +171,7 @@ def open_data(args, flags, data_dir, **how):
     data = load_data(
         data_dir=data_dir,
         batch_size=args.batch_size,
-        image_size=config.size_of(flags),
+        image_size=size_of(flags),
         image_channels=flags["image_channels"],
         num_classes=flags.get("num_classes"),
         num_workers=args.num_workers,
@@ -201,7 +204,7 @@ def open_images(args, flags, labelled):
     data = load_data(
         data_dir=args.data_dir,
         batch_size=1,
-        image_size=config.size_of(flags),
+        image_size=size_of(flags),
         image_channels=flags["image_channels"],
         class_cond=labelled and not args.classes,
         class_names=names,
@@ -216,7 +219,7 @@ def open_images(args, flags, labelled):
             f"--num_images must be from 1 to the {data.num_images} in {args.data_dir}, not {args.num_images}"
         )
     x, cond = zip(*(next(data) for _ in range(args.num_images)))
-    labels = config.parse_classes(args.classes, flags["num_classes"], args.num_images, names)
+    labels = checks.parse_classes(args.classes, flags["num_classes"], args.num_images, names)
     if labels is None and labelled:
         labels = [each["y"].item() for each in cond]
     return th.cat(x).to(dist_util.dev()), None if labels is None else th.tensor(labels, device=dist_util.dev())
@@ -228,7 +231,7 @@ def precision_of(args, flags, name):
     not of the run that is gone on with; said if it is slow here.
     """
     counts = name in args.explicit or not args.precision
-    precision = config.precision_of(args.precision, flags[name] and counts, name)
+    precision = checks.precision_of(args.precision, flags[name] and counts, name)
     if precision != "fp32":
         rate = {each: convolution_rate(PRECISIONS[each], dist_util.dev()) for each in ("fp32", precision)}
         if rate[precision] < 0.8 * rate["fp32"]:
@@ -241,7 +244,7 @@ def precision_of(args, flags, name):
 
 def dropping(flags):
     """What training does with the conditions of a network of these flags: `Trainer`'s drop, or None."""
-    null = config.nulls(flags)
+    null = checks.nulls(flags)
     return partial(guidance.dropped, null=null, rate=flags["class_dropout"]) if null else None
 
 
@@ -304,8 +307,8 @@ def guide_of(args, flags, diffusion, null=None):
     :param diffusion: the process that is walked.
     :param null: what stands for no condition; None: as the flags say.
     """
-    null = config.nulls(flags) if null is None else null
-    config.check_guidance(args, null)
+    null = checks.nulls(flags) if null is None else null
+    checks.check_guidance(args, null)
     first, last = rows_between(diffusion, args.guidance_interval)
     if args.guidance_scale == 1:
         return None
@@ -333,7 +336,7 @@ def vectors_of(args, flags):
 
     :raises ValueError: if they cannot be had, or do not fit the model.
     """
-    config.check_prompts(args, flags)
+    checks.check_prompts(args, flags)
     size = flags["vector_channels"]
     if not size:
         return None
@@ -370,7 +373,7 @@ def conditions_of(args, flags, y, count):
 
 def rows_between(diffusion, interval):
     """The first and the last row whose sigma lies in an interval of the options; where none does, last < first."""
-    low, high = config.parse_interval(interval)
+    low, high = checks.parse_interval(interval)
     sigmas = diffusion.sqrt_recipm1_alphas_cumprod                            # ascending
     first, last = np.searchsorted(sigmas, low), np.searchsorted(sigmas, high, "right") - 1
     if last < first:
@@ -401,7 +404,7 @@ def steer_of(args, diffusion, cond_fn):
     grad_fn = diffusion.told_rows(cond_fn)
     if args.classifier_normalize:
         grad_fn = guidance.normalized(grad_fn, args.classifier_normalize)
-    grad_fn = guidance.scaled(grad_fn, guidance.ramp(diffusion, *config.check_classifier_guidance(args)))
+    grad_fn = guidance.scaled(grad_fn, guidance.ramp(diffusion, *checks.check_classifier_guidance(args)))
     first, last = rows_between(diffusion, args.classifier_interval)
 
     def steer(predict):
@@ -424,12 +427,12 @@ def walk_of(args):
         raise ValueError(f"--steps must be 1 or more, not {args.steps}")
     walk = {name: getattr(args, name) for name in ("use_ddim", "sampler", "steps", "spacing")}
     eta = args.eta if "eta" in args.explicit else None
-    return walk | {"eta": eta, "sampler_options": config.parse_sampler_options(args.sampler_options)}
+    return walk | {"eta": eta, "sampler_options": checks.parse_sampler_options(args.sampler_options)}
 
 
 def hastened(args, model):
     """A diffusion model that was opened, as the options of sampling want it run. Raises ValueError if it cannot."""
-    config.check_reuse(args)
+    checks.check_reuse(args)
     compiled(args, model)
     return model if args.reuse_every == 1 else Reusing(model, args.reuse_every, args.reuse_depth)
 
@@ -487,7 +490,7 @@ def write_samples(args, folder, diffusion, model, flags, num_classes, names, con
     """
     if names:  # a network may have room for more classes than it was shown
         num_classes = len(names)
-    labels, vectors = config.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
+    labels, vectors = checks.parse_classes(args.classes, num_classes, args.num_samples, names), vectors_of(args, flags)
     given = {} if vectors is None else {"vector": lambda indices: vectors[[i % len(vectors) for i in indices]]}
     how = {"labels": labels, "num_classes": num_classes, "given": given}
     store = draw(args, folder, diffusion, model, flags, args.num_samples, cond_fn, through, prompts=args.prompts, **how)
@@ -537,10 +540,10 @@ def draw(args, folder, diffusion, model, flags, count, cond_fn=None, through=Non
     :param prompts: texts that the samples are drawn for in turn, to name them in the pictures of --frames.
     :param how: what each sample is conditioned on, as `sample_stream` takes it.
     """
-    config.check_counts(args, batch=0)
+    checks.check_counts(args, batch=0)
     if args.frames < 0 or args.frames == 1:
         raise ValueError(f"--frames is how many pictures a walk is shown in, 2 or more, or 0, not {args.frames}")
-    full, (height, width) = diffusion, config.size_of(flags)
+    full, (height, width) = diffusion, size_of(flags)
     rule, diffusion = planned(full, **walk_of(args))
     how |= {
         "shape": (flags["image_channels"], height, width),

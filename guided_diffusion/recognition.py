@@ -7,7 +7,7 @@ import shlex
 
 import torch
 
-from . import config
+from . import sizes
 
 NO_FLAGS = ("kind", "attention_downsampling")  # what infer_flags tells besides flags
 
@@ -20,7 +20,7 @@ def infer_flags(state_dict, image_size=None, image_channels=None, path="this", d
     division into levels. What is not determined is absent. `num_classes` counts the null class, if there is one.
 
     :param state_dict: {name: anything with a shape}.
-    :param image_size: of the images (large_size), as `config.parse_size` gives it, if known; it turns factors of
+    :param image_size: of the images (large_size), as `sizes.parse_size` gives it, if known; it turns factors of
         attention into sides.
     :param image_channels: channels of the images if known; they tell a super-resolution network of C channels with
         learned variance from a plain one of 2C without.
@@ -32,7 +32,7 @@ def infer_flags(state_dict, image_size=None, image_channels=None, path="this", d
     """
     shapes = _network_shapes(state_dict, path)
     try:
-        return _infer(shapes, image_size and min(config.sides(image_size)), image_channels, depth)
+        return _infer(shapes, image_size and min(sizes.sides(image_size)), image_channels, depth)
     except (LookupError, ArithmeticError) as error:
         raise ValueError(f"{path} holds no whole network (missing or misshapen: {error})") from error
 
@@ -221,15 +221,15 @@ def misfits(flags, inferred):
         return wrong
     # Different texts of these two can mean the same network.
     is_super_res = inferred["kind"] == "super_res"
-    size = inferred.get("image_size") or config.side_of(flags)
+    size = inferred.get("image_size") or sizes.side_of(flags)
     base = inferred["classifier_width" if prefix else "num_channels"]
-    told = config.parse_channel_mult(inferred[mult_name])
+    told = sizes.parse_channel_mult(inferred[mult_name])
     mult = ()
     with contextlib.suppress(ValueError):
-        mult = config.levels(flags[mult_name], size, is_super_res, inferred.get("network") == "film")
+        mult = sizes.levels(flags[mult_name], size, is_super_res, inferred.get("network") == "film")
     if [int(factor * base) for factor in mult] == [int(factor * base) for factor in told]:
         wrong.pop(mult_name, None)
-    factors = {2**level for level in range(len(told))} & set(config.attention_downsampling(flags[attention_name], size))
+    factors = {2**level for level in range(len(told))} & set(sizes.attention_downsampling(flags[attention_name], size))
     if factors == set(inferred["attention_downsampling"]):
         wrong.pop(attention_name, None)
     return wrong

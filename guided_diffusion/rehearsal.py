@@ -4,7 +4,7 @@ import copy
 
 import torch as th
 
-from . import config, ema
+from . import checks, ema, sizes
 from .fp16_util import MixedPrecisionTrainer, make_adamw
 from .nn import update_ema
 from .script_util import create_classifier_and_diffusion, create_model_and_diffusion
@@ -36,7 +36,7 @@ class Step:
         self.flags, self.device = flags, device
         self.labelled = labelled(kind, flags)
         self.task = task(net.to(device), diffusion)
-        precision = config.precision_of(getattr(args, "precision", ""), flags[half], half)
+        precision = checks.precision_of(getattr(args, "precision", ""), flags[half], half)
         self.precision = MixedPrecisionTrainer(model=net, precision=precision)
         self.opt = make_adamw(self.precision.master_params, lr=args.lr, weight_decay=args.weight_decay)
         averages = ema.parse(args.ema_rate, args.ema_halflife, args.ema_power)
@@ -46,7 +46,7 @@ class Step:
     def batch(self, n):
         """(images of noise [n,C,H,W], the conditions that the network takes)."""
         flags = self.flags
-        x = th.randn(n, flags["image_channels"], *config.size_of(flags), device=self.device)
+        x = th.randn(n, flags["image_channels"], *sizes.size_of(flags), device=self.device)
         cond = {"y": th.arange(n, device=self.device) % flags["num_classes"]} if self.labelled else {}
         width = flags.get("vector_channels")
         return x, cond | ({"vector": th.randn(n, width, device=self.device)} if width else {})

@@ -13,7 +13,7 @@ import sys
 
 import torch as th
 
-from . import checkpoint, config, dist_util, logger, saves
+from . import checkpoint, config, dist_util, logger, saves, sizes
 from .image_datasets import load_data
 
 FORMAT = 1
@@ -295,7 +295,7 @@ def fingerprint_now(start):
     data = load_data(
         data_dir=path,
         batch_size=1,
-        image_size=config.size_of(options),
+        image_size=sizes.size_of(options),
         class_cond=options.get("class_cond", True),  # a classifier always is
         label_from=options["label_from"],
         num_workers=0,

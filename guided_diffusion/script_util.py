@@ -5,12 +5,13 @@ import inspect
 
 import torch
 
-from . import checkpoint, config, published, recognition, saves
-from .config import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions, str2bool
+from . import checkpoint, checks, config, published, recognition, saves, sizes
+from .config import str2bool
 from .film_unet import Unet as FilmUnet
 from .fp16_util import PRECISIONS
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .identify import identify
+from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import unknown
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -116,7 +117,7 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", lear
                  network="adm", vector_channels=0, conv_resample=True, checkpoint_levels=0, residual_rescale=False):
     """
     The UNetModel, or for network "film" the film_unet.Unet, that the options of the same names describe (see
-    config.ModelOptions).
+    network_options.ModelOptions).
 
     With class_dropout, label_emb has a last row more, for the label num_classes: the null class.
 
@@ -144,15 +145,15 @@ def sr_create_model(large_size, small_size, num_channels, num_res_blocks, learn_
 
 def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class_cond, attention_resolutions,
           image_channels, num_classes, class_dropout, vector_channels=0, **same_name):
-    null = config.nulls({"class_cond": class_cond, "num_classes": num_classes, "class_dropout": class_dropout,
+    null = checks.nulls({"class_cond": class_cond, "num_classes": num_classes, "class_dropout": class_dropout,
                          "vector_channels": vector_channels})  # fmt: skip
     return network(
         image_size=_as_built(image_size),
         in_channels=image_channels,
         model_channels=num_channels,
         out_channels=image_channels * (2 if learn_sigma else 1),
-        attention_resolutions=config.attention_downsampling(attention_resolutions, image_size),
-        channel_mult=config.levels(channel_mult, image_size, super_res=network is SuperResModel),
+        attention_resolutions=sizes.attention_downsampling(attention_resolutions, image_size),
+        channel_mult=sizes.levels(channel_mult, image_size, super_res=network is SuperResModel),
         num_classes=(num_classes + ("y" in null)) if class_cond else None,
         vector_channels=vector_channels or None,
         **same_name,
@@ -160,7 +161,7 @@ def _unet(network, *, image_size, num_channels, channel_mult, learn_sigma, class
 
 
 def _film(*, image_size, num_channels, channel_mult, learn_sigma, image_channels, dropout, vector_channels, **flags):
-    config.nulls(flags | {"vector_channels": vector_channels})
+    checks.nulls(flags | {"vector_channels": vector_channels})
     if flags["class_cond"]:
         raise ValueError(
             "--network film takes no labels (--class_cond True): give it vectors, by --vector_channels, or take"
@@ -169,19 +170,19 @@ def _film(*, image_size, num_channels, channel_mult, learn_sigma, image_channels
     model = FilmUnet(
         num_channels,
         vector_channels,
-        config.levels(channel_mult, image_size, film=True),
+        sizes.levels(channel_mult, image_size, film=True),
         image_channels,
         flags["class_dropout"],
         dropout=dropout,
         learn_sigma=learn_sigma,
     )
-    model.check_size(*config.sides(image_size))
+    model.check_size(*sizes.sides(image_size))
     return model
 
 
 def _as_built(image_size):
     """What the networks take for an --image_size: a side, or (height, width)."""
-    return config.sides(image_size) if isinstance(image_size, str) else image_size
+    return sizes.sides(image_size) if isinstance(image_size, str) else image_size
 
 
 NETWORKS = {"adm": functools.partial(_unet, UNetModel), "film": _film}
@@ -193,7 +194,7 @@ def create_classifier(image_size, classifier_use_fp16, classifier_width, classif
                       classifier_dropout=0.0, image_channels=3, num_classes=NUM_CLASSES,
                       classifier_residual_rescale=False):
     """
-    The EncoderUNetModel that the options of the same names describe (see config.ClassifierOptions).
+    The EncoderUNetModel that the options of the same names describe (see network_options.ClassifierOptions).
 
     Raises ValueError if the image size, the widths or the heads do not divide as the network needs.
     """
@@ -203,9 +204,9 @@ def create_classifier(image_size, classifier_use_fp16, classifier_width, classif
         model_channels=classifier_width,
         out_channels=num_classes,
         num_res_blocks=classifier_depth,
-        attention_resolutions=config.attention_downsampling(classifier_attention_resolutions, image_size),
+        attention_resolutions=sizes.attention_downsampling(classifier_attention_resolutions, image_size),
         dropout=classifier_dropout,
-        channel_mult=config.levels(classifier_channel_mult, image_size),
+        channel_mult=sizes.levels(classifier_channel_mult, image_size),
         use_fp16=classifier_use_fp16,
         num_head_channels=classifier_num_head_channels,
         use_scale_shift_norm=classifier_use_scale_shift_norm,
@@ -220,7 +221,7 @@ def create_gaussian_diffusion(*, steps=1000, learn_sigma=False, sigma_small=Fals
                               rescale_learned_sigmas=False, timestep_respacing="", predict="", loss_weight="unit",
                               sigma_data=DiffusionOptions.sigma_data, learned_variance="range"):
     """
-    The SpacedDiffusion that the options of the same names describe (see config.DiffusionOptions).
+    The SpacedDiffusion that the options of the same names describe (see network_options.DiffusionOptions).
 
     :param sigma_small: without learn_sigma, the posterior's variance instead of beta.
     :raises ValueError: for too few steps, a respacing that cannot be, an unknown prediction or weight, or a prediction
@@ -387,7 +388,7 @@ def open_network(path, kind, fp16, explicit, device, build=build):
     typed = explicit.get("precision", "")
     if fp16 and fp16 not in explicit and (typed or place == "cpu"):  # what is typed wins over what it was trained in
         flags[fp16] = False
-    precision = config.precision_of(typed, flags[fp16], fp16) if fp16 else "fp32"
+    precision = checks.precision_of(typed, flags[fp16], fp16) if fp16 else "fp32"
     with torch.device("meta"):  # nothing is drawn that the file is to replace
         network = build(kind, flags)
     recognition.load_weights(network, state, path=path, flags=flags)

@@ -29,34 +29,6 @@ STATE_FORMAT = 1
 _TRAIN, _VALIDATE, _CONDITION = 0, 1, 2
 
 
-def check_options(given):
-    """
-    Raise ValueError for options, {name: value}, that no loop can have.
-
-    :param given: with the arguments of `Trainer` and precision settled; val_data None: there is none.
-    """
-    for name in ("batch_size", "log_interval", "save_interval"):
-        if given[name] < 1:
-            raise ValueError(f"{name} must be 1 or more, not {given[name]}")
-    sharding, precision, lr, lr_min = (given[name] for name in ("sharding", "precision", "lr", "lr_min"))
-    if sharding not in ("none", "fsdp") or (sharding == "fsdp" and precision != "fp32"):
-        raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
-    for name in ("compile", "channels_last"):
-        if given[name] and sharding != "none":
-            raise ValueError(f"--{name} True is for whole networks: not with --sharding {sharding}")
-    if given["lr_schedule"] not in LR_SCHEDULES:
-        raise ValueError(f"unknown lr_schedule {given['lr_schedule']!r}: choose from {', '.join(LR_SCHEDULES)}")
-    if given["keep_best"] and given["val_data"] is None:
-        raise ValueError("keep_best needs held-out images: give --val_data_dir")
-    if not 0 <= given["beta2"] < 1:
-        raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {given['beta2']}")
-    if not 0 <= lr_min <= lr:
-        raise ValueError(f"lr_min is a rate from 0 to lr {lr}, not {lr_min}")
-    for name in ("weight_decay", "grad_clip", "lr_warmup"):
-        if given[name] < 0:
-            raise ValueError(f"{name} must be 0 or more, not {given[name]}")
-
-
 class Trainer:
     """
     load -> loop { step, log, validate, save }.
@@ -97,50 +69,17 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        task,
-        data,
-        *,
-        batch_size,
-        microbatch=-1,
-        lr=1e-4,
-        weight_decay=0.0,
-        beta2=0.999,
-        averages=(),
-        iterations=0,
-        lr_schedule="linear",
-        lr_anneal_steps=0,
-        lr_min=0.0,
-        lr_warmup=0,
-        log_interval=10,
-        save_interval=10000,
-        resume_checkpoint="",
-        use_fp16=False,
-        precision="",
-        fp16_scale_growth=1e-3,
-        initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
-        grad_clip=0.0,
-        max_bad_steps=100,
-        max_minutes=0.0,
-        val_data=None,
-        eval_interval=0,
-        keep_last=0,
-        keep_every=0,
-        keep_best=False,
-        background_save=True,
-        seed=0,
-        progress=False,
-        sharding="none",
-        compile=False,
-        channels_last=False,
-        drop=None,
-        watchers=(),
-        flags=None,
-        folder=None,
-    ):
+        self, task, data, *, batch_size, microbatch=-1, lr=1e-4, weight_decay=0.0, beta2=0.999, averages=(),
+        iterations=0, lr_schedule="linear", lr_anneal_steps=0, lr_min=0.0, lr_warmup=0, log_interval=10,
+        save_interval=10000, resume_checkpoint="", use_fp16=False, precision="", fp16_scale_growth=1e-3,
+        initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE, grad_clip=0.0, max_bad_steps=100, max_minutes=0.0, val_data=None,
+        eval_interval=0, keep_last=0, keep_every=0, keep_best=False, background_save=True, seed=0, progress=False,
+        sharding="none", compile=False, channels_last=False, drop=None, watchers=(), flags=None, folder=None,
+    ):  # fmt: skip
         precision = precision or ("fp16" if use_fp16 else "fp32")
         check_options(locals())
-        self.task, self.data = task, data
+
+        self.task, self.data, self.val_data = task, data, val_data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
         self.lr, self.weight_decay, self.betas = lr, weight_decay, (0.9, beta2)
@@ -149,39 +88,39 @@ class Trainer:
         self.total = min([steps for steps in (iterations, lr_anneal_steps) if steps > 0], default=0)
         self.averages = list(averages)
         self.log_interval, self.save_interval, self.eval_interval = log_interval, save_interval, eval_interval
-        self.max_bad_steps, self.val_data = max_bad_steps, val_data
         self.seed, self.progress, self.drop, self.watchers = seed, progress, drop, watchers
+        self.max_bad_steps = max_bad_steps
+        self.device = next(task.net.parameters()).device
+
         self.step = self.saved_at = self.images = 0
         self.best = {"step": None, "val_loss": math.inf} if keep_best else None
-        self.device = next(task.net.parameters()).device
         self.stop = health.StopSigns(max_minutes)
-        self.tally = Tally(task.num_timesteps)
+        self.tally, self._val_losses = Tally(task.num_timesteps), []
 
-        if resume_checkpoint:
-            self._load_weights(resume_checkpoint, flags or {})
-        dist_util.sync_params(task.net.parameters())
-        if sharding == "fsdp" and dist_util.world_size() > 1:
-            shard(task.net)
-        if channels_last:
-            layouts.to_channels_last(task.net, logger.log)
+        self._prepare_network(resume_checkpoint, flags or {}, sharding, channels_last)
         self.mp_trainer = MixedPrecisionTrainer(
-            model=task.net,
-            precision=precision,
-            fp16_scale_growth=fp16_scale_growth,
-            initial_lg_loss_scale=initial_lg_loss_scale,
-            grad_clip=grad_clip,
-        )
+            model=task.net, precision=precision, fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=initial_lg_loss_scale, grad_clip=grad_clip,
+        )  # fmt: skip
         self.opt = make_adamw(self.mp_trainer.master_params, lr=lr, betas=self.betas, weight_decay=weight_decay)
         self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.averages]
         if resume_checkpoint:
             self._load_companions(resume_checkpoint)
         self.net = self._parallel(compile_blocks(task.net) if compile else task.net)
+
         self.folder = folder or logger.get_dir()
-        self.saver = saves.Saver(
-            self.folder, background=background_save, keep_last=keep_last, keep_every=keep_every
-        )
-        self._val_losses = []
+        self.saver = saves.Saver(self.folder, background=background_save, keep_last=keep_last, keep_every=keep_every)
         self._seconds = time.monotonic()
+
+    def _prepare_network(self, resume_checkpoint, flags, sharding, channels_last):
+        """Give the network the weights to start from, the same in all processes, in its places and its layout."""
+        if resume_checkpoint:
+            self._load_weights(resume_checkpoint, flags)
+        dist_util.sync_params(self.task.net.parameters())
+        if sharding == "fsdp" and dist_util.world_size() > 1:
+            shard(self.task.net)
+        if channels_last:
+            layouts.to_channels_last(self.task.net, logger.log)
 
     def _parallel(self, net):
         if dist_util.world_size() == 1 or self.mp_trainer.sharded:
@@ -532,6 +471,46 @@ LR_SCHEDULES = {  # the share of the way from --lr_min to --lr, by the share of 
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "constant": lambda done: 1.0,
 }
+
+
+def check_options(given):
+    """
+    Raise ValueError for options, {name: value}, that no loop can have.
+
+    :param given: with the arguments of `Trainer`, precision settled; val_data None: there is none.
+    """
+    _check_counts(**{name: given[name] for name in ("batch_size", "log_interval", "save_interval")})
+    whole = {name: given[name] for name in ("compile", "channels_last")}
+    _check_sharding(given["sharding"], given["precision"], **whole)
+    _check_rates(*(given[name] for name in ("lr_schedule", "lr", "lr_min", "beta2")))
+    for name in ("weight_decay", "grad_clip", "lr_warmup"):
+        if given[name] < 0:
+            raise ValueError(f"{name} must be 0 or more, not {given[name]}")
+    if given["keep_best"] and given["val_data"] is None:
+        raise ValueError("keep_best needs held-out images: give --val_data_dir")
+
+
+def _check_counts(**counts):
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, not {value}")
+
+
+def _check_sharding(sharding, precision, **of_whole_networks):
+    if sharding not in ("none", "fsdp") or (sharding == "fsdp" and precision != "fp32"):
+        raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
+    for name, wanted in of_whole_networks.items():
+        if wanted and sharding != "none":
+            raise ValueError(f"--{name} True is for whole networks: not with --sharding {sharding}")
+
+
+def _check_rates(lr_schedule, lr, lr_min, beta2):
+    if lr_schedule not in LR_SCHEDULES:
+        raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
+    if not 0 <= beta2 < 1:
+        raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {beta2}")
+    if not 0 <= lr_min <= lr:
+        raise ValueError(f"lr_min is a rate from 0 to lr {lr}, not {lr_min}")
 
 
 class Share:

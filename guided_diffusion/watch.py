@@ -4,7 +4,7 @@ import os
 
 import torch as th
 
-from . import config, dist_util, generate, logger, pictures
+from . import dist_util, generate, logger, pictures, sizes
 
 COLUMNS, ROWS = 8, 4
 
@@ -36,7 +36,7 @@ class Watch:
             stream = generate.sample_stream(
                 self.diffusion,
                 net,
-                shape=(self.flags["image_channels"], *config.size_of(self.flags)),
+                shape=(self.flags["image_channels"], *sizes.size_of(self.flags)),
                 num_samples=count,
                 batch_size=self.batch_size,
                 seed=self.seed,

@@ -9,12 +9,13 @@ import argparse
 import concurrent.futures
 import itertools
 import json
+import os
 import queue
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion import config
+from guided_diffusion import config, sizes
 from guided_diffusion.config import option
 
 
@@ -27,6 +28,9 @@ class AblateOptions:
     parallel: int = option(1, "arms at once on each device")
     estimate: bool = option(True, "measure the speed of a few training steps of each arm, to say how long all takes")
     price: float = option(0.0, "cost of an hour of one device, in whatever currency, to be told beforehand")
+    recorded: str = option(
+        "", "results.json to compare the end with; empty: that in the folder beside the study file that has its name"
+    )
     run: bool = option(True, "run the study after its plan is printed; False: the plan alone")
 
 
@@ -41,7 +45,7 @@ from evaluations import claims, outcome, reference_files, sources, tables
 from evaluations.evaluator import Scorer, Settings, write
 from evaluations.features import make_extractor
 from guided_diffusion import ablation, feasible, kept, pace, recipes, rehearsal, saves, study
-from guided_diffusion.config import ClassifierOptions, DiffusionOptions
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions
 
 STARTING_SEC = 5  # of a program, until it works
 FORWARD_SHARE = 1 / 3  # of a training step's time that a look of the network takes
@@ -78,13 +82,13 @@ class Plan(recipes.Recipes):
                 )
         if not self.judge:
             extractor = make_extractor(asked["extractor"], "cpu", asked["weights"] or None)
-            height, width = config.sides(size)
+            height, width = sizes.sides(size)
             extractor(np.zeros((1, height, width, channels), np.uint8))
 
     def _look(self):
         """(size in pixels, channels) of the images that are scored."""
         flags = self.arms[0].flags()
-        size = config.size_of(flags)
+        size = sizes.size_of(flags)
         return (size[0] if size[0] == size[1] else size), flags["image_channels"]
 
     def scorer(self, extractor, out):
@@ -354,11 +358,28 @@ def notes_of(plan):
         yield f"The arms were brought to the base's {plan.study['match']}; how near stands beside the changes."
 
 
+def recorded_of(args):
+    """The path of recorded results to compare with, or None. Raises FileNotFoundError if one is named that is not."""
+    path = Path(args.recorded or Path(args.study).with_suffix("") / "results.json")
+    if args.recorded and not path.is_file():
+        raise FileNotFoundError(f"--recorded {path}: no such file")
+    return path if path.is_file() else None
+
+
+def say_agreement(results, path):
+    """Print how results agree with those recorded in a file."""
+    count, equal, apart = outcome.agreement(results["arms"], json.loads(path.read_text(encoding="utf-8"))["arms"])
+    print(f"of {count} means, {equal} equal those of {path} to the last digit, {len(apart)} differ by their intervals")
+    print(*apart, sep="\n", end="\n" if apart else "")
+
+
 def main():
     args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     study.check_least(args, parallel=1)
+    th.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as the programs that it runs: see study.Study
     content = ablation.read(args.study)
     out = Path(args.out or f"runs/{Path(args.study).stem}")
+    recorded = recorded_of(args)
     plan = Plan(content, out)
     if content["budget"]["seconds"] and not args.estimate:
         raise ValueError("a budget in seconds needs the measured speed: leave --estimate True, or give images")
@@ -375,7 +396,11 @@ def main():
     runner = Runner(plan, out)
     failed = run_all(runner, slots)
     content["title"] = content["title"] or f"Study {Path(args.study).stem}"
-    outcome.write(out, content, told(runner, failed), speeds, notes_of(plan))
+    results = outcome.write(out, content, told(runner, failed), speeds, notes_of(plan))
+    for each in results["claims"]:
+        print(f"{each['verdict']}: {each['claim']}")
+    if recorded:
+        say_agreement(results, recorded)
     print(f"report: {out / 'report.html'}")
     broken = [f"{name}, seed {seed}" for (name, seed), why in failed.items() if why.startswith("failed")]
     if broken:

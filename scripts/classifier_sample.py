@@ -1,14 +1,9 @@
 """Draw images from a diffusion model, steered by a classifier of noised images towards classes."""
 
-from guided_diffusion import config
-from guided_diffusion.config import (
-    ClassifierOptions,
-    ClassifierSampleOptions,
-    DiffusionOptions,
-    EvaluateOptions,
-    ModelOptions,
-    RunOptions,
-)
+from guided_diffusion import checks, config
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
+from guided_diffusion.sampling_options import ClassifierSampleOptions, EvaluateOptions
 
 OPTIONS = ClassifierSampleOptions, ModelOptions, DiffusionOptions, ClassifierOptions, EvaluateOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -21,7 +16,7 @@ from guided_diffusion.script_util import open_classifier, open_diffusion
 
 def main():
     args = config.parse(__doc__, *OPTIONS)
-    strength = config.check_classifier_guidance(args)
+    strength = checks.check_classifier_guidance(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions, ClassifierOptions)
     explicit = config.explicit_flags(args)
     model, diffusion, flags = open_diffusion(args.model_path, explicit, device)

@@ -1,7 +1,9 @@
 """Train a classifier of noised images, for guidance; or of clean ones, for scoring (--noised False)."""
 
 from guided_diffusion import config
-from guided_diffusion.config import ClassifierOptions, ClassifierTrainOptions, DiffusionOptions, RunOptions
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions
+from guided_diffusion.training_options import ClassifierTrainOptions
 
 OPTIONS = ClassifierTrainOptions, ClassifierOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import

@@ -1,7 +1,9 @@
 """Train CLIP, which brings pictures and captions into one space, on an npz of captioned images."""
 
 from guided_diffusion import config
-from guided_diffusion.config import ClipOptions, ClipTrainOptions, RunOptions
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import ClipOptions
+from guided_diffusion.training_options import ClipTrainOptions
 
 OPTIONS = ClipTrainOptions, ClipOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import

@@ -3,14 +3,21 @@ Write a checkpoint in another form: NAME.pt with config.json, NAME.safetensors w
 Hugging Face diffusers reads.
 """
 
+from dataclasses import dataclass
+
 from guided_diffusion import config
-from guided_diffusion.config import (
-    ClassifierOptions,
-    ConvertOptions,
-    DiffusionOptions,
-    ModelOptions,
-    SuperResOptions,
-)
+from guided_diffusion.config import RunOptions, changed
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions
+
+
+@dataclass
+class ConvertOptions:
+    """conversion"""
+
+    preset: str = changed(
+        RunOptions, "preset", "", "the source is the published model of that name, whatever its file is called"
+    )
+
 
 POSITIONAL = {
     "source": "checkpoint, name of a published model, or folder of diffusers",

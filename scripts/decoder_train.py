@@ -1,13 +1,9 @@
 """Train the decoder, which draws pictures of CLIP embeddings and captions, on an npz of captioned images."""
 
 from guided_diffusion import config
-from guided_diffusion.config import (
-    DecoderOptions,
-    DecoderProcessOptions,
-    DecoderTrainOptions,
-    PictureOptions,
-    RunOptions,
-)
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DecoderOptions, DecoderProcessOptions
+from guided_diffusion.training_options import DecoderTrainOptions, PictureOptions
 
 OPTIONS = DecoderTrainOptions, PictureOptions, DecoderOptions, DecoderProcessOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import

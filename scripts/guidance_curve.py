@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion import config
+from guided_diffusion import checks, config, sizes
 from guided_diffusion.config import option
 
 
@@ -108,7 +108,7 @@ class Kinds:
             if args.classifier_path:
                 whose = "conditional" if wanted else "unconditional"
                 self._add(f"classifier, {whose}", path, "classifier", cost, cost + classifier)
-            if wanted and config.nulls(flags):
+            if wanted and checks.nulls(flags):
                 self._add("classifier-free", path, "free", cost, 2 * cost)
             if wanted and args.guide_path:
                 worse = look_operations(open_diffusion(args.guide_path, device="meta")[2])
@@ -159,7 +159,7 @@ def gradient_operations(path):
 
     classifier, flags = open_classifier(path, device="meta")
     classifier.requires_grad_(False)
-    x = th.empty(1, flags["image_channels"], *config.size_of(flags), device="meta", requires_grad=True)
+    x = th.empty(1, flags["image_channels"], *sizes.size_of(flags), device="meta", requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         classifier(x, th.zeros(1, device="meta")).sum().backward()
     return counter.get_total_flops()
@@ -174,7 +174,7 @@ def try_classifier(args, kinds):
     device = args.device or ("cuda" if th.cuda.is_available() else "cpu")
     classifier, flags = open_classifier(args.classifier_path, device=device)
     data = image_datasets.load_data(
-        data_dir=args.val_data_dir or args.reference, batch_size=args.level_images, image_size=config.size_of(flags),
+        data_dir=args.val_data_dir or args.reference, batch_size=args.level_images, image_size=sizes.size_of(flags),
         image_channels=flags["image_channels"], class_cond=True, num_classes=flags["num_classes"], random_flip=False,
         num_workers=0, seed=args.seed, once=True,
     )  # fmt: skip

@@ -3,8 +3,10 @@
 import json
 import os
 
-from guided_diffusion import config
-from guided_diffusion.config import DiffusionOptions, ModelOptions, NLLOptions, RunOptions
+from guided_diffusion import checks, config
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
+from guided_diffusion.sampling_options import NLLOptions
 
 OPTIONS = NLLOptions, ModelOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -21,7 +23,7 @@ TERMS = {"vb": "vb_terms.npz", "mse": "mse_terms.npz", "xstart_mse": "xstart_mse
 
 def main():
     args = config.parse(__doc__, *OPTIONS)
-    config.check_counts(args)
+    checks.check_counts(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)

@@ -1,7 +1,9 @@
 """Draw images from a diffusion model."""
 
-from guided_diffusion import config
-from guided_diffusion.config import DiffusionOptions, EvaluateOptions, ModelOptions, RunOptions, SampleOptions
+from guided_diffusion import checks, config
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
+from guided_diffusion.sampling_options import EvaluateOptions, SampleOptions
 
 OPTIONS = SampleOptions, ModelOptions, DiffusionOptions, EvaluateOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -17,7 +19,7 @@ def main():
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
-    config.check_classes(flags, args.classes)
+    checks.check_classes(flags, args.classes)
     num_classes, names = 0, None
     if flags["class_cond"]:
         num_classes, names = flags["num_classes"], program.class_names(args.model_path)

@@ -1,7 +1,9 @@
 """Train a diffusion model on images."""
 
-from guided_diffusion import config
-from guided_diffusion.config import DiffusionOptions, ModelOptions, RunOptions, TrainOptions, WatchOptions
+from guided_diffusion import checks, config, sizes
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
+from guided_diffusion.training_options import TrainOptions, WatchOptions
 
 OPTIONS = TrainOptions, WatchOptions, ModelOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -18,7 +20,7 @@ from guided_diffusion.watch import Watch
 
 def main():
     args = config.parse(__doc__, *OPTIONS)
-    config.check_watching(args)
+    checks.check_watching(args)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "diffusion", ModelOptions, DiffusionOptions)
     model, diffusion = create_model_and_diffusion(**flags)
@@ -63,7 +65,7 @@ def distance_to_data(args, flags):
     from evaluations.features import extract, make_extractor
 
     data = load_data(
-        data_dir=args.val_data_dir or args.data_dir, batch_size=args.batch_size, image_size=config.size_of(flags),
+        data_dir=args.val_data_dir or args.data_dir, batch_size=args.batch_size, image_size=sizes.size_of(flags),
         image_channels=flags["image_channels"], random_flip=False, num_workers=0, seed=args.seed, once=True,
         background=args.background, skip_bad_images=args.skip_bad_images,
     )  # fmt: skip

@@ -2,8 +2,10 @@
 
 import itertools
 
-from guided_diffusion import config
-from guided_diffusion.config import DiffusionOptions, InpaintOptions, ModelOptions, RunOptions
+from guided_diffusion import checks, config
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
+from guided_diffusion.sampling_options import InpaintOptions
 
 OPTIONS = InpaintOptions, ModelOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -16,13 +18,13 @@ from guided_diffusion.script_util import open_classifier, open_diffusion
 
 def main():
     args = config.parse(__doc__, *OPTIONS)
-    config.check_restoration(args)
+    checks.check_restoration(args)
     device, folder = program.start(args, ModelOptions, DiffusionOptions)
     program.alone()
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)
     judge = open_judge(args, flags, device)
-    config.check_classes(flags, None if judge else args.classes)
+    checks.check_classes(flags, None if judge else args.classes)
     images, y = program.open_images(args, flags, bool(judge) or flags["class_cond"])
     told = program.conditions_of(args, flags, y, len(images))
     noise = sampling.SeededNoise(args.seed, range(len(images)), device)
@@ -67,7 +69,7 @@ def operator_of(args, mask, images):
 def read_mask(args, noise, images):
     """[N,1,H,W], 1 where pixels are known. Raises ValueError if an image has none."""
     height, width = images.shape[2:]
-    mask, share = images.new_ones(len(images), 1, height, width), config.share_of_mask(args.mask)
+    mask, share = images.new_ones(len(images), 1, height, width), checks.share_of_mask(args.mask)
     if args.mask == "half":
         mask[..., height // 2 :, :] = 0
     elif args.mask == "box":

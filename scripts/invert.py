@@ -1,7 +1,9 @@
 """From images to the noise that a deterministic sampler turns into them, and back."""
 
-from guided_diffusion import config
-from guided_diffusion.config import DiffusionOptions, InvertOptions, ModelOptions, RunOptions
+from guided_diffusion import checks, config, sizes
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
+from guided_diffusion.sampling_options import InvertOptions
 
 OPTIONS = InvertOptions, ModelOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -22,7 +24,7 @@ def main():
     program.alone()
     model, diffusion, flags = open_diffusion(args.model_path, config.explicit_flags(args), device)
     program.log_network(args.model_path, flags)
-    config.check_classes(flags, args.classes)
+    checks.check_classes(flags, args.classes)
     diffusion = diffusion.spaced(program.rows_up_to(diffusion, args.max_sigma))
     rule, process = generate.planned(diffusion, sampler=args.sampler, steps=args.steps, spacing=args.spacing)
     predict = process.predictor(model, clip_denoised=False)  # what is clipped cannot be undone
@@ -69,7 +71,7 @@ def up(process, predict, rule, cond, x):
 
 def read_latents(args, flags, device):
     """(latents [N,C,H,W], labels [N] or None) of an earlier run. Raises ValueError unless the model can take them."""
-    shape = (flags["image_channels"], *config.size_of(flags))
+    shape = (flags["image_channels"], *sizes.size_of(flags))
     arrays = read_npz(args.latents, ("arr_0", "arr_1"))
     latents = arrays.get("arr_0", np.zeros(0, bool))
     fits = latents.dtype.kind == "f" and latents.shape == (len(latents), *shape) and latents.size
@@ -86,7 +88,7 @@ def labels_of(args, flags, y, count):
     """The labels that --classes gives `count` latents, or else those of their file, y: a list."""
     classes = flags["num_classes"]
     if args.classes:
-        return config.parse_classes(args.classes, classes, count, program.class_names(args.model_path))
+        return checks.parse_classes(args.classes, classes, count, program.class_names(args.model_path))
     if y is None:
         raise ValueError(f"{args.latents} has no labels, and the model needs them: give --classes")
     if y.shape != (count,) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:

@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion import config
+from guided_diffusion import checks, config
 from guided_diffusion.config import option
+from guided_diffusion.network_options import DiffusionOptions
 
 
 @dataclass
@@ -141,7 +142,7 @@ def draw_pictures(work, args, model_path, rows):
     study.save_noising(folder / "noising.png", full, images)
     model, diffusion, flags = open_diffusion(str(model_path), {"timestep_respacing": str(args.steps)})
     middle = sorted(row["scale"] for row in rows[1:])[(len(rows) - 1) // 2]
-    null = config.nulls(flags)
+    null = checks.nulls(flags)
     study.save_reverse_process(
         folder / "sampling.png", diffusion, model, args.image_size, f"After so many steps (guidance scale {middle:g})",
         work.seed, guide=lambda predict: guidance.classifier_free(predict, null, middle),
@@ -183,7 +184,7 @@ def write_report(work, args, rows, names):
 
 def check(args):
     """Raise ValueError for options that would fail only after minutes of work."""
-    scales, longest = study.numbers("scales", args.scales), config.DiffusionOptions.diffusion_steps
+    scales, longest = study.numbers("scales", args.scales), DiffusionOptions.diffusion_steps
     if len(set(scales)) < len(scales):
         raise ValueError(f"--scales {args.scales!r}: give each scale once")
     study.check_least(

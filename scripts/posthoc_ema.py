@@ -5,7 +5,7 @@ import os
 import re
 
 from guided_diffusion import config
-from guided_diffusion.config import PosthocOptions
+from guided_diffusion.training_options import PosthocOptions
 
 POSITIONAL = {"folder": "folder of the run"}
 OPTIONS = (PosthocOptions,)

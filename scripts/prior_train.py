@@ -3,7 +3,9 @@
 from functools import partial
 
 from guided_diffusion import config
-from guided_diffusion.config import PriorOptions, PriorProcessOptions, PriorTrainOptions, RunOptions
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import PriorOptions, PriorProcessOptions
+from guided_diffusion.training_options import PriorTrainOptions
 
 OPTIONS = PriorTrainOptions, PriorOptions, PriorProcessOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import

@@ -3,9 +3,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 from guided_diffusion import config
-from guided_diffusion.config import ReplayOptions
+from guided_diffusion.config import RunOptions, changed, option
+
+
+@dataclass
+class ReplayOptions:
+    """replay"""
+
+    log_dir: str = changed(RunOptions, "log_dir", "", "folder of the new run; empty: that of the old one with _replay")
+    run: bool = option(True, "run the first command again, instead of only telling what it was")
+
 
 POSITIONAL = {"folder": "folder of the run"}
 OPTIONS = (ReplayOptions,)

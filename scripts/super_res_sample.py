@@ -2,14 +2,10 @@
 
 import os
 
-from guided_diffusion import config
-from guided_diffusion.config import (
-    DiffusionOptions,
-    EvaluateOptions,
-    RunOptions,
-    SuperResOptions,
-    SuperResSampleOptions,
-)
+from guided_diffusion import checks, config
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DiffusionOptions, SuperResOptions
+from guided_diffusion.sampling_options import EvaluateOptions, SuperResSampleOptions
 
 OPTIONS = SuperResSampleOptions, SuperResOptions, DiffusionOptions, EvaluateOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -21,12 +17,12 @@ from guided_diffusion.script_util import open_super_res
 
 def main():
     args = config.parse(__doc__, *OPTIONS)
-    config.check_counts(args, batch=0)
+    checks.check_counts(args, batch=0)
     device, folder = program.start(args, SuperResOptions, DiffusionOptions)
     model, diffusion, flags = open_super_res(args.model_path, config.explicit_flags(args), device)
     model = program.hastened(args, model)
     program.log_network(args.model_path, flags)
-    config.check_classes(flags, args.classes)
+    checks.check_classes(flags, args.classes)
     names, conditional = program.class_names(args.model_path), flags["class_cond"]
     base = super_res.read_base_samples(
         args.base_samples, flags["small_size"], flags["image_channels"], conditional and not args.classes, names,
@@ -67,7 +63,7 @@ def labels_of(args, flags, base, names, count):
 
     :raises ValueError: if the model takes labels, and they are missing or not such as it knows.
     """
-    labels = config.parse_classes(args.classes, len(names or []) or flags["num_classes"], count, names)
+    labels = checks.parse_classes(args.classes, len(names or []) or flags["num_classes"], count, names)
     if labels is None and base.labels is not None:
         labels = [int(base.labels[i % len(base)]) for i in range(count)]
     if flags["class_cond"] and labels is None:

@@ -1,7 +1,9 @@
 """Train a super-resolution model: images of --large_size given themselves at --small_size."""
 
-from guided_diffusion import config
-from guided_diffusion.config import DiffusionOptions, RunOptions, SuperResOptions, SuperResTrainOptions
+from guided_diffusion import config, sizes
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DiffusionOptions, SuperResOptions
+from guided_diffusion.training_options import SuperResTrainOptions
 
 OPTIONS = SuperResTrainOptions, SuperResOptions, DiffusionOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -16,7 +18,7 @@ def main():
     args = config.parse(__doc__, *OPTIONS)
     device, folder = program.start(args)
     flags = program.network_flags(args, folder, "super_res", SuperResOptions, DiffusionOptions)
-    config.check_sides(flags)
+    sizes.check_sides(flags)
     model, diffusion = sr_create_model_and_diffusion(**flags)
     sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     how = {"small_size": flags["small_size"], "low_res_noise": args.low_res_noise}

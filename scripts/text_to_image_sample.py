@@ -1,7 +1,9 @@
 """Draw pictures of texts: the prior draws the CLIP embedding of a picture, the decoder the picture of an embedding."""
 
-from guided_diffusion import config
-from guided_diffusion.config import DecoderProcessOptions, EvaluateOptions, RunOptions, TextToImageOptions
+from guided_diffusion import checks, config
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import DecoderProcessOptions
+from guided_diffusion.sampling_options import EvaluateOptions, TextToImageOptions
 
 OPTIONS = TextToImageOptions, DecoderProcessOptions, EvaluateOptions, RunOptions
 config.answer_help(__name__, __doc__, *OPTIONS)  # before what takes seconds to import
@@ -13,7 +15,7 @@ from guided_diffusion.text_to_image import models, pipeline, prompting
 
 def main():
     args = config.parse(__doc__, *OPTIONS)
-    config.check_counts(args, batch=0)
+    checks.check_counts(args, batch=0)
     prompts = prompting.prompts_of(args)
     device, folder = program.start(args, DecoderProcessOptions)
     decoder, diffusion, flags = models.open_decoder(args.model_path, config.explicit_flags(args), device)

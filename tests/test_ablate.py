@@ -17,6 +17,7 @@ import torch as th
 from evaluations import claims, outcome, paired
 from guided_diffusion import ablation, checkpoint, config, kept, saves, script_util, unet
 from guided_diffusion.gaussian_diffusion import ModelVarType
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,7 +166,15 @@ def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, w
     assert ("2 done pieces in whole/work are of another state of the study file, and are not used" in said) == bool(
         change)
     if not change:
-        assert run(folder, text, "whole")[0] == 0
+        recorded = folder / "whole" / "results.json"
+        altered = json.loads(recorded.read_text())
+        compared = altered["arms"][1]["compared"]
+        compared["fid"]["mean"]["low"], compared["fid"]["mean"]["high"] = -2e9, -1e9
+        count = sum(len(arm["compared"]) for arm in altered["arms"])
+        (folder / "altered.json").write_text(json.dumps(altered))
+        code, said = run(folder, text, "whole", "--recorded", "altered.json")
+        assert f"of {count} means, {count - 1} equal those of altered.json to the last digit, 1 differ" in said
+        assert code == 0 and "\nadded, FID: " in said and "\nreproduced: alike\n" in said
         assert content(folder, "whole") == whole[1]
     assert {path: path.stat().st_mtime_ns for path in (folder / "whole" / "work").glob("*/*/*")} == before
 
@@ -372,11 +381,12 @@ def test_a_study_extends_another_name_by_name(tmp_path):
     (tmp_path / "common.toml").write_text(STUDY + ARM)
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "x.toml").write_text(
-        'extends = "../common.toml"\nseeds = [7]\n[train]\nlr = 3e-4\n[arms]\n"x" = { dropout = 0.1 }\n')
+        'extends = "../common.toml"\nseeds = [7]\njudge = {}\n[train]\nlr = 3e-4\n[arms]\n"x" = { dropout = 0.1 }\n')
     whole, found = ablation.read(tmp_path / "common.toml"), ablation.read(tmp_path / "below" / "x.toml")
     assert found["train"] == whole["train"] | {"lr": 3e-4} and list(found["arms"]) == ["added", "x"]
-    changed = {"extends", "seeds", "train", "arms"}
-    assert found["seeds"] == [7] and {name for name in whole if whole[name] != found[name]} == changed
+    assert found["seeds"] == [7] and found["judge"] == {}
+    changed = {name for name in whole if whole[name] != found[name]}
+    assert changed == {"extends", "seeds", "judge", "train", "arms"}
     (tmp_path / "common.toml").write_text('extends = "below/x.toml"\n')
     with pytest.raises(ValueError, match="a study cannot extend itself"):
         ablation.read(tmp_path / "below" / "x.toml")
@@ -397,6 +407,33 @@ def test_shared_work_is_counted_once_in_the_time_that_is_told(folder, tmp_path, 
     assert np.allclose(left, [8 + 5 / 3 + 10, 5 / 3 + 5])
 
 
+SHIPPED = {
+    path.stem: path for path in sorted((ROOT / "docs" / "reproduction").glob("*.toml")) if path.stem != "digits"
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_studies_that_ship_can_be_planned(name, tmp_path, monkeypatch):
+    """With a few images of noise in the places of their data."""
+    monkeypatch.chdir(tmp_path)
+    content, rng = ablation.read(SHIPPED[name]), np.random.default_rng(0)
+    size, channels = (content["train"].get(key, usual) for key, usual in (("image_size", 64), ("image_channels", 3)))
+    for part, key in ((content, "data"), (content, "held_out"), (content["evaluation"], "reference")):
+        if part[key]:
+            part[key] = str(Path(part[key]).with_suffix(".npz"))
+            Path(part[key]).parent.mkdir(parents=True, exist_ok=True)
+            images = rng.integers(0, 256, (256, size, size, channels), np.uint8)
+            np.savez(part[key], arr_0=images, arr_1=np.arange(256) % 10)
+    program = ablate()
+    monkeypatch.setattr(program, "make_extractor", lambda *words: None)  # of the one that asks for Inception's weights
+    plan = program.Plan(content, tmp_path)
+    plan.set_iterations({})
+    assert len(plan.arms) == len(content["arms"]) + 1 and len(content["seeds"]) >= 3
+    assert all(arm.iterations * arm.args["train"].batch_size >= content["budget"]["images"] for arm in plan.arms)
+    if name == "architecture_imagenet":
+        assert plan.arms[0].iterations == 700_000 and plan.arms[0].evaluations == 250
+
+
 def test_operations_are_those_of_the_formula():
     class Net(th.nn.Module):
         def __init__(self):
@@ -407,7 +444,7 @@ def test_operations_are_those_of_the_formula():
         def forward(self, x, t):
             return self.attention(self.conv(x).flatten(2))
 
-    flags = config.defaults(config.ModelOptions) | {"image_size": 16}
+    flags = config.defaults(ModelOptions) | {"image_size": 16}
     conv, attention = 2 * 9 * 3 * 96 * 256, 2 * 2 * 256**2 * 32
     assert ablation.operations(Net(), flags) == conv + attention
 
@@ -596,7 +633,7 @@ def test_rescaled_residual_sums_are_divided_by_the_root_of_two():
             net = script_util.build("diffusion", arm.flags())
         blocks = [each for each in net.modules() if isinstance(each, unet.ResBlock | unet.AttentionBlock)]
         assert len(blocks) > 8 and {each.rescale for each in blocks} == {residual_rescale}
-    flags = config.defaults(config.ClassifierOptions) | {"classifier_residual_rescale": True}
+    flags = config.defaults(ClassifierOptions) | {"classifier_residual_rescale": True}
     with th.device("meta"):
         net = script_util.build("classifier", flags)
     assert all(each.rescale for each in net.modules() if isinstance(each, unet.ResBlock | unet.AttentionBlock))
@@ -617,7 +654,7 @@ def test_a_checkpoint_opens_with_the_options_that_only_its_config_tells(tmp_path
 
 
 def test_a_freely_learned_variance_is_what_the_network_says():
-    flags = config.defaults(config.DiffusionOptions) | {"learn_sigma": True, "learned_variance": "free"}
+    flags = config.defaults(DiffusionOptions) | {"learn_sigma": True, "learned_variance": "free"}
     diffusion = script_util.process_of(flags)
     x = th.randn(2, 3, 4, 4)
     said = th.full((2, 3, 4, 4), -3.0)

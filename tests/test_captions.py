@@ -10,9 +10,10 @@ import torch as th
 from test_image_datasets import grey, lopsided, numbers, save, take
 from test_programs import ROOT, done, refused, rows
 
-from guided_diffusion import checkpoint, config, guidance, program, text
+from guided_diffusion import checkpoint, checks, config, guidance, program, text
 from guided_diffusion.film_unet import Unet
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
+from guided_diffusion.sampling_options import SampleOptions
 from guided_diffusion.script_util import create_gaussian_diffusion, open_diffusion
 from guided_diffusion.train_util import DiffusionTask, Trainer
 
@@ -291,7 +292,7 @@ def test_training_on_captions(home):
     assert len(rows(home / "film")) == 4
     model, diffusion, flags = open_diffusion(home / "film" / "model000004.pt")
     assert isinstance(model, Unet) and model.uncond_prob == 0.3 and diffusion.num_timesteps == 100
-    assert config.nulls(flags) == {"vector": 0.0}
+    assert checks.nulls(flags) == {"vector": 0.0}
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(home, tmp_path):
@@ -352,7 +353,7 @@ def test_labels_and_texts_together_in_the_other_network(home, tmp_path):
     state = checkpoint.load(home / "adm" / "model000003.pt")
     assert state["label_emb.weight"].shape[0] == 4 and "vector_emb.null_emb" in state
     _, _, flags = open_diffusion(home / "adm" / "model000003.pt")
-    assert config.nulls(flags) == {"y": 3, "vector": 0.0}
+    assert checks.nulls(flags) == {"y": 3, "vector": 0.0}
     found = draw(home, tmp_path, f"--prompts {PROMPTS} --classes 2,0 --guidance_scale 2", "adm/model000003.pt")
     assert found["arr_1"].tolist() == [2, 0, 2, 0, 2] and len(found["texts"]) == 5
 
@@ -511,7 +512,7 @@ def test_s0_18_conditions_are_dropped_independently_at_the_rate_asked_for():
 
     batch = th.zeros(500, 1, 4, 4), {"vector": th.randn(500, 6), "y": th.arange(500)}
     flags = {"class_cond": True, "num_classes": 500, "vector_channels": 6, "class_dropout": 0.2}
-    drop = functools.partial(guidance.dropped, null=config.nulls(flags), rate=flags["class_dropout"])
+    drop = functools.partial(guidance.dropped, null=checks.nulls(flags), rate=flags["class_dropout"])
     net = Unet(2, 6, (1,), channels=1).eval()
     loop = Trainer(Task(net, create_gaussian_diffusion()), iter([batch] * 8), batch_size=500, drop=drop)
     for _ in range(8):
@@ -543,7 +544,7 @@ def test_pictures_of_prompts_name_their_rows(home, tmp_path, monkeypatch):
 
 
 def test_vectors_of_no_prompt_are_the_null(home):
-    args = config.parse("x", config.SampleOptions, argv=[])
+    args = config.parse("x", SampleOptions, argv=[])
     flags = {"vector_channels": 3, "class_cond": False, "class_dropout": 0.1}
     assert th.equal(program.vectors_of(args, flags), th.zeros(1, 3))
     assert program.vectors_of(args, flags | {"vector_channels": 0, "class_dropout": 0.0}) is None

@@ -7,6 +7,7 @@ import torch as th
 
 from guided_diffusion import compiling, config, program
 from guided_diffusion.film_unet import Unet as FilmUnet
+from guided_diffusion.sampling_options import SampleOptions
 from guided_diffusion.train_util import Trainer
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
@@ -66,11 +67,11 @@ def test_blocks_are_what_is_compiled(eager_backend):
 
 
 def test_programs_compile_where_asked(eager_backend):
-    args = config.parse("", config.SampleOptions, argv=["--compile"])
+    args = config.parse("", SampleOptions, argv=["--compile"])
     program.hastened(args, network())
     program.compiled(args, network(EncoderUNetModel))
     assert len(eager_backend) == 7 + 5
-    program.hastened(config.parse("", config.SampleOptions, argv=[]), network())
+    program.hastened(config.parse("", SampleOptions, argv=[]), network())
     assert len(eager_backend) == 12
 
 

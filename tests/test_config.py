@@ -9,22 +9,13 @@ import sys
 
 import pytest
 
-from guided_diffusion import config
-from guided_diffusion.config import (
-    ClassifierOptions,
-    ClassifierSampleOptions,
-    ClassifierTrainOptions,
-    DiffusionOptions,
-    ModelOptions,
-    NLLOptions,
-    RunOptions,
-    SampleOptions,
-    SuperResOptions,
-    SuperResSampleOptions,
-    SuperResTrainOptions,
-    TrainOptions,
-    WatchOptions,
-)
+from guided_diffusion import checks, config, network_options, sampling_options, sizes, training_options
+from guided_diffusion.config import RunOptions
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions
+from guided_diffusion.sampling_options import ClassifierSampleOptions, NLLOptions, SampleOptions, SuperResSampleOptions
+from guided_diffusion.training_options import ClassifierTrainOptions, SuperResTrainOptions, TrainOptions, WatchOptions
+
+MODULES = config, network_options, training_options, sampling_options  # where options are written
 
 # The original's flags, as its parsers printed them.
 MODEL = {
@@ -164,7 +155,8 @@ def test_every_flag_of_the_original_with_its_default(program):
 def test_each_option_is_written_once_and_explained():
     written = [
         node.target.id
-        for node in ast.walk(ast.parse(inspect.getsource(config)))
+        for module in MODULES
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.AnnAssign) and node.value.func.id == "option"
     ]
     assert len(written) == len(set(written)) > 70
@@ -185,9 +177,9 @@ def test_help_shows_each_flag_with_its_help_and_default(capsys, monkeypatch):
         assert f"{field.metadata['help']} (default: {field.default})".replace("(default: )", "(default: '')") in text
 
 
-def test_config_needs_only_the_standard_library():
+def test_options_and_their_checks_need_only_the_standard_library():
     code = (
-        "import sys; before = set(sys.modules); import guided_diffusion.config;"
+        "import sys; before = set(sys.modules); import guided_diffusion.checks, guided_diffusion.network_options;"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -223,7 +215,7 @@ def test_a_default_that_is_typed_is_explicit():
 def test_s08_65_a_bare_boolean_is_true_and_fractions_are_factors():
     """On purpose unlike the original, which refuses both."""
     assert sample_args("--class_cond", "--num_samples", "3").class_cond is True
-    assert config.parse_channel_mult(sample_args("--channel_mult", "0.5,1").channel_mult) == (0.5, 1)
+    assert sizes.parse_channel_mult(sample_args("--channel_mult", "0.5,1").channel_mult) == (0.5, 1)
 
 
 @pytest.mark.parametrize("text, value", [("yes", True), ("TRUE", True), ("t", True), ("Y", True), ("1", True),
@@ -333,16 +325,16 @@ def test_faults_of_the_code_keep_their_traceback_and_success_is_silent(capsys):
 
 
 def test_channel_mult():
-    assert config.parse_channel_mult("") is None
-    assert config.parse_channel_mult("0.5,1, 2") == (0.5, 1, 2)
-    assert [type(factor) for factor in config.parse_channel_mult("0.5,1,2")] == [float, int, int]
-    assert config.parse_channel_mult((1, 2)) == (1, 2)
+    assert sizes.parse_channel_mult("") is None
+    assert sizes.parse_channel_mult("0.5,1, 2") == (0.5, 1, 2)
+    assert [type(factor) for factor in sizes.parse_channel_mult("0.5,1,2")] == [float, int, int]
+    assert sizes.parse_channel_mult((1, 2)) == (1, 2)
 
 
 @pytest.mark.parametrize("text", ["1,,2", "1;2", "a", "0,1", "-1", "nan", "1,"])
 def test_channel_mult_that_cannot_be_read(text):
     with pytest.raises(ValueError, match=rf"cannot read channel_mult '{text}': give positive numbers with commas"):
-        config.parse_channel_mult(text)
+        sizes.parse_channel_mult(text)
 
 
 @pytest.mark.parametrize(
@@ -363,44 +355,44 @@ def test_channel_mult_that_cannot_be_read(text):
     ],
 )
 def test_default_channel_mult(image_size, mult):
-    assert config.default_channel_mult(image_size) == mult
+    assert sizes.default_channel_mult(image_size) == mult
     assert image_size % 2 ** (len(mult) - 1) == 0
 
 
 @pytest.mark.parametrize("image_size", [96, 192, 1024, 65, 72, 36, 9, 0, -8])
 def test_sizes_without_default_channel_mult(image_size):
     with pytest.raises(ValueError, match=f"unsupported image size: {image_size} .*--channel_mult.*1,2,2"):
-        config.default_channel_mult(image_size)
+        sizes.default_channel_mult(image_size)
 
 
 def test_upsamplers_have_their_own_factors_at_512():
-    assert config.default_channel_mult(512, super_res=True) == (1, 1, 2, 2, 4, 4)
-    assert config.default_channel_mult(256, super_res=True) == (1, 1, 2, 2, 4, 4)
-    assert config.default_channel_mult(64, super_res=True) == (1, 2, 3, 4)
+    assert sizes.default_channel_mult(512, super_res=True) == (1, 1, 2, 2, 4, 4)
+    assert sizes.default_channel_mult(256, super_res=True) == (1, 1, 2, 2, 4, 4)
+    assert sizes.default_channel_mult(64, super_res=True) == (1, 2, 3, 4)
 
 
 def test_levels_are_those_given_or_those_of_the_table():
-    assert config.levels("0.5,2", 64) == (0.5, 2)
-    assert config.levels("", 64) == (1, 2, 3, 4)
-    assert config.levels("", 512, super_res=True) == (1, 1, 2, 2, 4, 4)
+    assert sizes.levels("0.5,2", 64) == (0.5, 2)
+    assert sizes.levels("", 64) == (1, 2, 3, 4)
+    assert sizes.levels("", 512, super_res=True) == (1, 1, 2, 2, 4, 4)
 
 
 def test_attention_in_pixels_becomes_factors():
-    assert config.attention_downsampling("32,16,8", 64) == (2, 4, 8)
-    assert config.attention_downsampling("13,100", 28) == (2, 0)
-    assert config.attention_downsampling("", 64) == ()
+    assert sizes.attention_downsampling("32,16,8", 64) == (2, 4, 8)
+    assert sizes.attention_downsampling("13,100", 28) == (2, 0)
+    assert sizes.attention_downsampling("", 64) == ()
     for text in ("16;8", "0", "1.5", "-8"):
         with pytest.raises(ValueError, match=f"cannot read attention_resolutions '{text}'"):
-            config.attention_downsampling(text, 64)
+            sizes.attention_downsampling(text, 64)
 
 
 def test_classes():
-    assert config.parse_classes("", 10, 5) is None
-    assert config.parse_classes("all", 3, 7) == [0, 1, 2, 0, 1, 2, 0]
-    assert config.parse_classes("3, 7", 10, 5) == [3, 7, 3, 7, 3]
-    assert config.parse_classes("9", 10, 2) == [9, 9]
-    assert config.parse_classes("dog,0,cat", 2, 4, ["cat", "dog"]) == [1, 0, 0, 1]
-    assert config.parse_classes("0", 2, 1, ["1", "0"]) == [0]  # a number is a label, whatever the names
+    assert checks.parse_classes("", 10, 5) is None
+    assert checks.parse_classes("all", 3, 7) == [0, 1, 2, 0, 1, 2, 0]
+    assert checks.parse_classes("3, 7", 10, 5) == [3, 7, 3, 7, 3]
+    assert checks.parse_classes("9", 10, 2) == [9, 9]
+    assert checks.parse_classes("dog,0,cat", 2, 4, ["cat", "dog"]) == [1, 0, 0, 1]
+    assert checks.parse_classes("0", 2, 1, ["1", "0"]) == [0]  # a number is a label, whatever the names
 
 
 @pytest.mark.parametrize(
@@ -414,14 +406,14 @@ def test_classes():
 )
 def test_classes_that_are_not_there(text, message):
     with pytest.raises(ValueError, match=message):
-        config.parse_classes(text, 10, 4, ["cat", "dog"])
+        checks.parse_classes(text, 10, 4, ["cat", "dog"])
 
 
 def test_an_unconditional_model_takes_no_classes():
-    config.check_classes({"class_cond": True}, "3,7")
-    config.check_classes({"class_cond": False}, "")
+    checks.check_classes({"class_cond": True}, "3,7")
+    checks.check_classes({"class_cond": False}, "")
     with pytest.raises(ValueError, match="--classes 3,7: the model is unconditional"):
-        config.check_classes({"class_cond": False}, "3,7")
+        checks.check_classes({"class_cond": False}, "3,7")
 
 
 # ------------------------------------------------------------------------------------------------------ flags by hand

@@ -9,6 +9,7 @@ import torch as th
 
 from guided_diffusion import config
 from guided_diffusion.diffunet import DiffUNet, network_flags
+from guided_diffusion.network_options import ModelOptions
 from guided_diffusion.prediction import x0_from_eps
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.script_util import create_model, create_model_and_diffusion, model_and_diffusion_defaults
@@ -77,7 +78,7 @@ def test_the_flags_give_the_same_network_at_any_size(name, image_size, parameter
     typed = {flag: str(value) for flag, value in network_flags(name, image_size).items()}
     words = [word for flag, value in typed.items() for word in (f"--{flag}", value)]
     words += ["--image_size", str(image_size), "--image_channels", "1"]
-    flags = config.flags_of(config.parse("", config.ModelOptions, argv=words), config.ModelOptions)
+    flags = config.flags_of(config.parse("", ModelOptions, argv=words), ModelOptions)
     with th.device("meta"):
         network = create_model(**flags)
         ours = DiffUNet(1, 1, large_model=name == "diffunet_large")

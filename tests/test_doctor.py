@@ -12,7 +12,8 @@ from test_programs import CLASSIFIER, MPIEXEC, NET, TRAIN, done, refused, rows, 
 from torch import nn
 
 from guided_diffusion import config, doctor, memory, rehearsal
-from guided_diffusion.config import ClassifierOptions, DiffusionOptions, ModelOptions, TrainOptions
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
+from guided_diffusion.training_options import TrainOptions
 
 CPU = th.device("cpu")
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from guided_diffusion import config
+from guided_diffusion.network_options import ModelOptions
+from guided_diffusion.sampling_options import ClassifierSampleOptions, SampleOptions
+from guided_diffusion.training_options import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "faster.md").read_text(encoding="utf-8")
 FLAGS = sorted(set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", TEXT)) - {"help"})
 
-DRAWN = config.SampleOptions, config.ClassifierSampleOptions, config.ModelOptions, config.RunOptions
-TRAINED = config.TrainOptions, config.ModelOptions, config.RunOptions
+DRAWN = SampleOptions, ClassifierSampleOptions, ModelOptions, config.RunOptions
+TRAINED = TrainOptions, ModelOptions, config.RunOptions
 
 
 def flags_of(*groups):

@@ -12,7 +12,7 @@ import pytest
 import torch as th
 from test_programs import done, refused, rows, samples
 
-from guided_diffusion import checkpoint, config, generate, guidance, inverse, logger, sampling, toy
+from guided_diffusion import checkpoint, checks, generate, guidance, inverse, logger, sampling, toy
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.guidance import classifier_free, classifier_guided, mix, nulled
 from guided_diffusion.pictures import to_uint8
@@ -698,9 +698,9 @@ def test_guidance_that_cannot_be_is_refused(home, tmp_path, words, run, pattern)
 def test_dropout_that_cannot_be_is_refused(home, tmp_path, words, pattern):
     refused("image_train", f"--data_dir {home}/data.npz {NET} {TRAIN} {words} --log_dir {tmp_path}", pattern)
     flags = {"class_cond": True, "num_classes": 10, "vector_channels": 5}
-    assert config.nulls(flags | {"class_dropout": 0.0}) == {}
-    assert config.nulls(flags | {"class_dropout": 0.1}) == {"y": 10, "vector": 0.0}
-    assert config.nulls(flags | {"class_dropout": 0.1, "class_cond": False}) == {"vector": 0.0}
+    assert checks.nulls(flags | {"class_dropout": 0.0}) == {}
+    assert checks.nulls(flags | {"class_dropout": 0.1}) == {"y": 10, "vector": 0.0}
+    assert checks.nulls(flags | {"class_dropout": 0.1, "class_cond": False}) == {"vector": 0.0}
 
 
 # ------------------------------------------------------------------------------------------------ inverse problems

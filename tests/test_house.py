@@ -26,10 +26,10 @@ MATHEMATICS = [
 NETWORKS = ["nn", "conditions", "unet film_unet", "reuse compiling layouts"]
 MACHINERY = [
     "toy_models arrays presets tensor_files signals pace decoding byte_formats labels",
-    "archives",
-    "sources",
-    "config pictures image_datasets download text",
-    "diffunet super_res",
+    "archives config",
+    "sources sizes training_options",
+    "network_options sampling_options pictures image_datasets download text",
+    "checks diffunet super_res",
     "checkpoint recognition",
     "published dist_util",
     "sharding",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from guided_diffusion import checkpoint, config, identify, logger, presets, recognition, script_util
+from guided_diffusion.network_options import DiffusionOptions
 
 ZOO = json.loads((Path(__file__).parent / "golden" / "model_zoo.json").read_text())
 PUBLISHED = [name for name in ZOO if f"{name}.pt" in {preset.file for preset in presets.PRESETS.values()}]
@@ -220,7 +221,7 @@ def test_random_architectures_are_inferred_or_asked_for(seed, tmp_path):
     unread |= {mult, attention} | ({"resblock_updown", "classifier_resblock_updown", "conv_resample"} if levels == 1
                                    else {"conv_resample"} if flags.get("resblock_updown") else set())  # fmt: skip
     if kind == "classifier":
-        unread |= set(config.defaults(config.DiffusionOptions))
+        unread |= set(config.defaults(DiffusionOptions))
     assert {n: v for n, v in found.items() if n not in unread} == {n: v for n, v in flags.items() if n not in unread}
 
 

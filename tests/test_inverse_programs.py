@@ -13,7 +13,9 @@ from test_programs import NET, TRAIN, done, refused, rows
 
 from guided_diffusion import config, generate, inverse, pictures, sampling, toy
 from guided_diffusion.image_datasets import load_data
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
 from guided_diffusion.prediction import clipped
+from guided_diffusion.sampling_options import InpaintOptions, InvertOptions
 from guided_diffusion.script_util import open_diffusion
 
 F64 = th.float64
@@ -421,8 +423,8 @@ def test_inversions_that_cannot_be_are_refused(home, tmp_path, words, pattern):
 
 @pytest.mark.parametrize("name", ["invert", "inpaint"])
 def test_every_flag_has_help_and_default(name):
-    group = {"invert": config.InvertOptions, "inpaint": config.InpaintOptions}[name]
-    expected = config.options(group, config.ModelOptions, config.DiffusionOptions, config.RunOptions)
+    group = {"invert": InvertOptions, "inpaint": InpaintOptions}[name]
+    expected = config.options(group, ModelOptions, DiffusionOptions, config.RunOptions)
     found = dict(re.findall(r"^  --(\w+) \S+(.*?)(?=^  --|^\S|\Z)", done(name, "--help").out, re.MULTILINE | re.DOTALL))
     assert found.keys() == expected.keys()
     assert all(re.search(r"\w+ .*\(default: .*\)$", " ".join(said.split())) for said in found.values())

@@ -10,6 +10,7 @@ from guided_diffusion.ema import Rate
 from guided_diffusion.film_unet import Unet as FilmUnet
 from guided_diffusion.layouts import blocks_of, to_channels_last
 from guided_diffusion.reuse import Reusing
+from guided_diffusion.sampling_options import SampleOptions
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.train_util import Trainer
 from guided_diffusion.unet import AttentionBlock, EncoderUNetModel, UNetModel
@@ -123,10 +124,10 @@ def test_with_features_that_are_reused():
 def test_it_is_laid_out_before_its_blocks_are_compiled(monkeypatch):
     monkeypatch.setattr("guided_diffusion.compiling.check", lambda device: None)
     monkeypatch.setattr(th.nn.Module, "compile", lambda self, **how: None)
-    args = config.parse("", config.SampleOptions, argv=["--compile", "--channels_last"])
+    args = config.parse("", SampleOptions, argv=["--compile", "--channels_last"])
     net = program.hastened(args, network())
     assert nn.is_channels_last(net.input_blocks[0][0].weight) and compile_blocks(net) is net
-    args = config.parse("", config.SampleOptions, argv=[])
+    args = config.parse("", SampleOptions, argv=[])
     assert not nn.is_channels_last(program.hastened(args, network()).input_blocks[0][0].weight)
 
 

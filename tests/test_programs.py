@@ -23,6 +23,7 @@ from PIL import Image
 
 from guided_diffusion import checkpoint, config, dist_util, ema, generate, logger, program, sampling, train_util
 from guided_diffusion.image_datasets import load_data
+from guided_diffusion.network_options import DiffusionOptions, ModelOptions
 from guided_diffusion.script_util import create_model_and_diffusion, open_classifier, open_diffusion
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
@@ -209,7 +210,7 @@ def test_training_writes_checkpoints_options_and_a_log(cond, pets):
     typed = {"image_size": 8, "image_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1",
              "attention_resolutions": "4", "noise_schedule": "cosine"}  # fmt: skip
     typed |= {"class_cond": True, "learn_sigma": True}
-    usual = config.defaults(config.ModelOptions, config.DiffusionOptions)
+    usual = config.defaults(ModelOptions, DiffusionOptions)
     assert content["flags"] == usual | typed
     table = rows(cond)
     assert [row["step"] for row in table] == [str(n) for n in range(1, 9)]
@@ -308,8 +309,8 @@ def test_the_seed_decides_all_from_the_first_weights_on(pets, tmp_path):
 def mean_gradient_of_two(data_dir):
     """What two ranks must arrive at after 3 updates: each one's gradient on its own images and noise, averaged."""
     th.manual_seed(0)
-    flags = config.flags_of(config.parse("", config.ModelOptions, config.DiffusionOptions, argv=NET.split()),
-                            config.ModelOptions, config.DiffusionOptions)  # fmt: skip
+    flags = config.flags_of(config.parse("", ModelOptions, DiffusionOptions, argv=NET.split()),
+                            ModelOptions, DiffusionOptions)  # fmt: skip
     model, diffusion = create_model_and_diffusion(**flags)
     loop = TrainLoop(model=model, diffusion=diffusion, data=None, batch_size=8, microbatch=-1, lr=1e-2, ema_rate="",
                      log_interval=1, save_interval=1, resume_checkpoint="")  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from guided_diffusion import config, recognition, script_util
+from guided_diffusion import recognition, script_util, sizes
 
 ZOO = json.loads((Path(__file__).parent / "golden" / "model_zoo.json").read_text())
 KINDS = {"model": "diffusion", "sr": "super_res", "cls": "classifier"}
@@ -38,7 +38,7 @@ def assert_inferred_is(inferred, kind, flags):
     """Everything that the tensors determine is there, and is what built them."""
     prefix = "classifier_" if kind == "classifier" else ""
     size = flags["large_size"] if kind == "super_res" else flags["image_size"]
-    mult = config.levels(flags[f"{prefix}channel_mult"], size, kind == "super_res")
+    mult = sizes.levels(flags[f"{prefix}channel_mult"], size, kind == "super_res")
     wanted = {float(size // int(side)) for side in flags[f"{prefix}attention_resolutions"].split(",") if side}
     factors = tuple(2**level for level in range(len(mult)) if 2**level in wanted)
     expected = {
@@ -170,7 +170,7 @@ def test_two_kinds_of_network_of_equal_shapes():
 def test_factors_that_are_no_simple_fractions():
     flags = DEFAULTS["diffusion"] | {"image_size": 8, "num_channels": 96, "channel_mult": "0.33334,1"}
     inferred = recognition.infer_flags(weights_of("diffusion", flags))
-    first, second = config.parse_channel_mult(inferred["channel_mult"])
+    first, second = sizes.parse_channel_mult(inferred["channel_mult"])
     assert (int(first * 96), second) == (32, 1)
     assert recognition.misfits(flags, inferred) == {}
     assert all(

@@ -12,8 +12,9 @@ from test_programs import CLASSIFIER, NET, TRAIN, done, refused
 
 from evaluations import evaluator
 from evaluations.features import make_extractor
-from guided_diffusion import config
+from guided_diffusion import config, sizes
 from guided_diffusion.image_datasets import ImageDataset, center_crop_arr, random_crop_arr
+from guided_diffusion.network_options import ModelOptions
 from guided_diffusion.script_util import create_classifier, create_model, open_classifier, open_diffusion
 from guided_diffusion.unet import UNetModel
 
@@ -21,15 +22,15 @@ WIDE, WIDE_CLASSIFIER = (words.replace("--image_size 8", "--image_size 8x16") fo
 
 
 def test_sizes_are_typed_as_a_side_or_height_by_width():
-    assert [config.parse_size(text) for text in ("64", "64x64", "48x64", "48X64", 48)] == [64, 64, "48x64", "48x64", 48]
-    assert config.sides("48x64") == (48, 64) and config.sides(48) == (48, 48)
+    assert [sizes.parse_size(text) for text in ("64", "64x64", "48x64", "48X64", 48)] == [64, 64, "48x64", "48x64", 48]
+    assert sizes.sides("48x64") == (48, 64) and sizes.sides(48) == (48, 48)
     for wrong in ("48x", "x64", "48x64x3", "big"):
         with pytest.raises(argparse.ArgumentTypeError, match="whole number expected"):
-            config.parse_size(wrong)
-    args = config.parse("a program", config.ModelOptions, argv=["--image_size", "48x64"])
-    assert args.image_size == "48x64" and config.size_of(vars(args)) == (48, 64) and config.side_of(vars(args)) == 48
-    assert config.levels("", "64x128") == config.levels("", 64)
-    assert config.attention_downsampling("16,8", "64x128") == (4, 8)
+            sizes.parse_size(wrong)
+    args = config.parse("a program", ModelOptions, argv=["--image_size", "48x64"])
+    assert args.image_size == "48x64" and sizes.size_of(vars(args)) == (48, 64) and sizes.side_of(vars(args)) == 48
+    assert sizes.levels("", "64x128") == sizes.levels("", 64)
+    assert sizes.attention_downsampling("16,8", "64x128") == (4, 8)
 
 
 def test_a_rectangle_is_cut_from_the_centre_of_what_covers_it():

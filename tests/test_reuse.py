@@ -6,10 +6,11 @@ from functools import partial
 import pytest
 import torch as th
 
-from guided_diffusion import config, guidance, sampling
+from guided_diffusion import checks, config, guidance, sampling
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.process import get_named_beta_schedule
 from guided_diffusion.reuse import Reusing
+from guided_diffusion.sampling_options import SampleOptions
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 OPTIONS = {"image_size": 16, "in_channels": 3, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2),
@@ -162,6 +163,6 @@ def test_what_cannot_be_reused(net):
     ("--reuse_every 2 --guidance_scale 2 --guidance_batched False", "each other's features"),
 ])  # fmt: skip
 def test_options_that_contradict(words, message):
-    args = config.parse("", config.SampleOptions, argv=words.split())
+    args = config.parse("", SampleOptions, argv=words.split())
     with pytest.raises(ValueError, match=message):
-        config.check_reuse(args)
+        checks.check_reuse(args)

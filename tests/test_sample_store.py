@@ -14,9 +14,10 @@ from PIL import Image
 from test_programs import MPIEXEC, done, names, refused, samples, stranger
 from test_world import kill, start
 
-from guided_diffusion import config, sample_store
+from guided_diffusion import checks, config, sample_store
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.sample_store import SampleStore
+from guided_diffusion.sampling_options import EvaluateOptions, SampleOptions
 
 NET = (
     "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1 --attention_resolutions"
@@ -139,7 +140,7 @@ def test_what_was_drawn_before_is_that_for_all_processes(tmp_path, monkeypatch):
 
 def test_who_looks_at_samples_is_no_part_of_their_plan():
     words = ["--model_path", "m.pt", "--seed", "3"]
-    groups = config.SampleOptions, config.EvaluateOptions, config.RunOptions
+    groups = SampleOptions, EvaluateOptions, config.RunOptions
     plain = sample_store.plan_of(config.parse("", *groups, argv=words), {})
     words += ["--evaluate", "ref.npz", "--extractor", "c.pt", "--weights", "w", "--log_formats", "log"]
     assert sample_store.plan_of(config.parse("", *groups, argv=words), {}) == plain
@@ -259,7 +260,7 @@ def test_so_many_of_each_class(home, tmp_path):
 ])  # fmt: skip
 def test_numbers_of_classes_that_cannot_be(text, message):
     with pytest.raises(ValueError, match=message):
-        config.parse_classes(text, 3, 7)
+        checks.parse_classes(text, 3, 7)
 
 
 def test_the_way_of_the_first_samples(home, tmp_path):

@@ -11,6 +11,7 @@ from guided_diffusion import config, losses, sampling, script_util, toy
 from guided_diffusion import schedules as sch
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.losses import LOSS_WEIGHTS, loss_weights
+from guided_diffusion.network_options import DiffusionOptions
 from guided_diffusion.prediction import ERRORS, TARGETS, convert, edm_noise, edm_scales, predictor
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.spacing import spaced_rows
@@ -129,7 +130,7 @@ def test_schedules_that_cannot_be(name, steps, error, message):
 
 
 def test_the_help_names_every_schedule_change_and_weight():
-    fields = config.options(config.DiffusionOptions)
+    fields = config.options(DiffusionOptions)
     for option, names in (("noise_schedule", [*SCHEDULES, *sch.CHANGES]), ("loss_weight", WEIGHTS)):
         text = fields[option].metadata["help"]
         assert all(name in text for name in names)

@@ -11,6 +11,7 @@ import torch
 
 from guided_diffusion import checkpoint, config, script_util
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from guided_diffusion.network_options import ModelOptions
 from guided_diffusion.unet import AttentionBlock
 
 ZOO = json.loads((Path(__file__).parent / "golden" / "model_zoo.json").read_text())
@@ -81,7 +82,7 @@ def test_every_name_of_the_original_is_public():
 def test_defaults_are_those_of_the_flags():
     defaults = script_util.model_and_diffusion_defaults()
     assert (defaults["num_channels"], defaults["noise_schedule"], defaults["class_cond"]) == (128, "linear", False)
-    assert defaults == config.defaults(config.ModelOptions) | script_util.diffusion_defaults()
+    assert defaults == config.defaults(ModelOptions) | script_util.diffusion_defaults()
     assert script_util.classifier_and_diffusion_defaults() == (
         script_util.classifier_defaults() | script_util.diffusion_defaults()
     )

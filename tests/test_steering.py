@@ -10,10 +10,11 @@ import torch as th
 from test_guidance import F64, SMALL, at, run
 from test_programs import done, edited, refused, samples
 
-from guided_diffusion import config, generate, guidance, prediction, sampling, toy
+from guided_diffusion import checks, config, generate, guidance, prediction, sampling, toy
 from guided_diffusion.guidance import classifier_gradient, classifier_guided
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import space_timesteps
+from guided_diffusion.sampling_options import ClassifierSampleOptions
 from guided_diffusion.script_util import create_gaussian_diffusion, open_classifier, open_diffusion
 
 
@@ -400,10 +401,10 @@ def test_the_largest_quantile_leaves_data_in_range_alone():
 
 
 def test_defaults_are_those_of_the_plain_guidance():
-    args = config.parse("", config.ClassifierSampleOptions, argv=[])
-    assert config.check_classifier_guidance(args) == (1, 1)
+    args = config.parse("", ClassifierSampleOptions, argv=[])
+    assert checks.check_classifier_guidance(args) == (1, 1)
     args.classifier_scale_end = "0"
-    assert config.check_classifier_guidance(args) == (1, 0)
+    assert checks.check_classifier_guidance(args) == (1, 0)
 
 
 # ------------------------------------------------------------------------------------------- the process's own options

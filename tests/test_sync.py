@@ -15,7 +15,7 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion import config, ema, fp16_util, guidance, logger, sampling, train_util
-from guided_diffusion.config import ClassifierOptions, DiffusionOptions, ModelOptions
+from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.script_util import create_classifier_and_diffusion, create_model_and_diffusion
 
 META = th.device("meta")

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from scipy.special import gamma, hyp1f1
 
 from guided_diffusion import config, ema, generate, guidance, logger, toy
-from guided_diffusion.config import ClipOptions, ClipSizes, DecoderOptions, DecoderProcessOptions, PriorProcessOptions
+from guided_diffusion.network_options import (
+    ClipOptions,
+    ClipSizes,
+    DecoderOptions,
+    DecoderProcessOptions,
+    PriorOptions,
+    PriorProcessOptions,
+)
 from guided_diffusion.script_util import process_of
 from guided_diffusion.tasks import DiffusionTask
 from guided_diffusion.text_to_image import clip as clips
@@ -616,7 +623,7 @@ def test_m3_16_a_network_keeps_nothing_of_a_call():
 
 
 def test_m3_17_options_are_fields_of_each_program_alone():
-    for group in (ClipOptions, DecoderOptions, config.PriorOptions):
+    for group in (ClipOptions, DecoderOptions, PriorOptions):
         flags = config.defaults(group)
         assert set(flags) >= {name for name in vars(group) if not name.startswith("_")}
     assert config.defaults(ClipOptions)["text_layers"] == 6 and config.defaults(DecoderOptions)["text_layers"] == 4

@@ -13,12 +13,21 @@ from PIL import Image
 from test_programs import BIN, done, names, refused, rows, same, stranger
 
 from guided_diffusion import checkpoint, config, presets, sample_store
-from guided_diffusion.config import ClipSizes, DecoderOptions, DecoderProcessOptions
+from guided_diffusion.network_options import (
+    ClipOptions,
+    ClipSizes,
+    DecoderOptions,
+    DecoderProcessOptions,
+    PriorOptions,
+    PriorProcessOptions,
+)
 from guided_diffusion.sample_store import SampleStore
+from guided_diffusion.sampling_options import TextToImageOptions
 from guided_diffusion.text_to_image import models, prompting
 from guided_diffusion.text_to_image.clip import classify
 from guided_diffusion.text_to_image.decoder import Decoder
 from guided_diffusion.text_to_image.prior import Prior
+from guided_diffusion.training_options import ClipTrainOptions, DecoderTrainOptions, PictureOptions, PriorTrainOptions
 
 TRAIN = "--batch_size 8 --lr 1e-2 --log_interval 1 --random_flip False --num_workers 0"
 SIZE = "--image_size 8 --image_channels 1"
@@ -113,7 +122,7 @@ def test_config_json_tells_all_of_each_network(home):
     told = {kind: json.loads((home / kind / "config.json").read_text()) for kind in KINDS}
     assert {kind: content["kind"] for kind, content in told.items()} == {kind: kind for kind in KINDS}
     clip = told["clip"]["flags"]
-    assert clip == config.defaults(config.ClipOptions) | {
+    assert clip == config.defaults(ClipOptions) | {
         "image_size": 8, "image_channels": 1, "clip_size": 16, "image_width": 32, "image_layers": 1, "image_heads": 2,
         "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": 24,
     }  # fmt: skip
@@ -381,7 +390,7 @@ def test_larger_pictures(home, tmp_path):
 
 
 def test_the_seed_is_also_that_of_the_embeddings(here):
-    args = config.parse("", config.TextToImageOptions, config.RunOptions, argv=WITH_PRIOR.split())
+    args = config.parse("", TextToImageOptions, config.RunOptions, argv=WITH_PRIOR.split())
     clip, drawn = models.open_clip("clip/model000004.pt"), []
     for args.seed in (0, 1, 0):
         embeddings = prompting.embeddings_of(args, clip, ["dark"], {"text_layers": 0}, "cpu")
@@ -521,9 +530,9 @@ RECIPE = {
         "context_length": 64, "random_flip": False, "batch_size": 32, "lr_anneal_steps": 156200, "lr_warmup": 7810},
 }  # fmt: skip
 GROUPS = {
-    "clip": (config.ClipTrainOptions, config.ClipOptions, config.RunOptions),
-    "prior": (config.PriorTrainOptions, config.PriorOptions, config.PriorProcessOptions, config.RunOptions),
-    "decoder": (config.DecoderTrainOptions, config.PictureOptions, DecoderOptions, DecoderProcessOptions,
+    "clip": (ClipTrainOptions, ClipOptions, config.RunOptions),
+    "prior": (PriorTrainOptions, PriorOptions, PriorProcessOptions, config.RunOptions),
+    "decoder": (DecoderTrainOptions, PictureOptions, DecoderOptions, DecoderProcessOptions,
                 config.RunOptions),
 }  # fmt: skip
 
@@ -545,7 +554,7 @@ def test_the_recipe_is_for_its_own_programs(name, tmp_path):
 
 def test_the_recipe_builds_the_networks_it_names():
     with th.device("meta"):
-        flags = config.defaults(config.ClipOptions)
+        flags = config.defaults(ClipOptions)
         clip = models.create_clip(flags | {k: v for k, v in RECIPE["clip"].items() if k in flags})
         flags = config.defaults(DecoderOptions, DecoderProcessOptions, ClipSizes)
         decoder = models.create_decoder(flags | {k: v for k, v in RECIPE["decoder"].items() if k in flags})

@@ -5,7 +5,7 @@ import os
 
 import torch as th
 
-from .. import checkpoint, config, script_util
+from .. import checkpoint, script_util, sizes
 from ..script_util import open_network, process_of
 from . import hugging_face
 from .clip import CLIP
@@ -44,13 +44,13 @@ def create_decoder(flags):
     """The Decoder of {name: value} of DecoderOptions and ClipSizes, and of learn_sigma of its process."""
     size, channels = flags["image_size"], flags["image_channels"]
     return Decoder(
-        config.sides(size) if isinstance(size, str) else size,
+        sizes.sides(size) if isinstance(size, str) else size,
         channels,
         flags["num_channels"],
         channels * (2 if flags["learn_sigma"] else 1),
         flags["num_res_blocks"],
-        config.attention_downsampling(flags["attention_resolutions"], size),
-        channel_mult=config.levels(flags["channel_mult"], size),
+        sizes.attention_downsampling(flags["attention_resolutions"], size),
+        channel_mult=sizes.levels(flags["channel_mult"], size),
         length=flags["context_length"],
         **_of(flags, "clip_size image_tokens text_width text_layers text_heads text_dropout"),
         **_of(flags, "dropout conv_resample use_checkpoint checkpoint_levels use_fp16 num_heads num_head_channels"

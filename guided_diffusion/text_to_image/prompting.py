@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch as th
 
-from .. import config, dist_util, program, super_res
+from .. import config, dist_util, program, sizes, super_res
 from ..image_datasets import load_data
 from ..script_util import open_super_res, process_of
 from . import models, pipeline
@@ -128,7 +128,7 @@ def read_images(args, flags):
     if args.interpolate:
         count = count // args.interpolate + 1 if "num_samples" in args.explicit else None
     data = load_data(
-        data_dir=args.images, batch_size=1, image_size=config.size_of(flags), image_channels=flags["image_channels"],
+        data_dir=args.images, batch_size=1, image_size=sizes.size_of(flags), image_channels=flags["image_channels"],
         deterministic=True, random_flip=False, num_workers=0, once=True,
     )  # fmt: skip
     return th.cat([x for x, _ in islice(data, count)])

@@ -4,7 +4,7 @@ from itertools import islice
 
 import torch as th
 
-from .. import config, dist_util, logger, presets
+from .. import checks, dist_util, logger, presets, sizes
 from ..image_datasets import load_data
 from ..watch import COLUMNS, ROWS, Watch
 from . import models
@@ -72,7 +72,7 @@ def picture_watchers(args, flags, diffusion, clip):
     Pictures drawn of the embeddings and captions of the first held-out images, or else training images, as `Trainer`
     takes them.
     """
-    config.check_watching(args)
+    checks.check_watching(args)
     if not args.sample_interval:
         return []
     source = with_embeddings(_once(args, flags, captions=True), clip, flags["context_length"])
@@ -119,7 +119,7 @@ def _once(args, flags, **how):
     return load_data(
         data_dir=args.val_data_dir or args.data_dir,
         batch_size=1,
-        image_size=config.size_of(flags),
+        image_size=sizes.size_of(flags),
         image_channels=flags["image_channels"],
         deterministic=True,
         random_flip=False,
