@@ -8,8 +8,8 @@ from evaluations.evaluator import evaluate, write
 
 
 def stamp(path):
-    """What tells one content of a file from the next: its size and time of change."""
-    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns] if path else None
+    """What tells one content of a file from the next, its size and time of change; None for what is no path of one."""
+    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns] if path and Path(path).exists() else None
 
 
 def draw(run, words, files, folder, **more):
@@ -45,7 +45,8 @@ def score(asked, samples, settings, extractor):
     :return: the path of scores.json.
     """
     path = Path(samples).parent / "scores.json"
-    made_of = [stamp(samples), stamp(asked.reference), asked.extractor, asked.weights]
+    made_of = [stamp(samples), stamp(asked.reference)]
+    made_of += [[name, stamp(name)] for name in (asked.extractor, asked.weights)]
     if path.is_file() and json.loads(path.read_text()).get("made_of") == made_of:
         return path
     parts = {}
