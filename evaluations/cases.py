@@ -1,6 +1,7 @@
 """Cases of a sweep: samples drawn by a program and scored, each once, however often the sweep is broken off."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def draw(run, words, files, folder, **more):
             return found[0], drawn
     for path in found:
         path.unlink()
+    beginning = folder / "asked.json"
+    if not beginning.is_file() or json.loads(beginning.read_text()) != asked:
+        for path in folder.glob("samples_*.partial"):  # of other samples, which were broken off
+            shutil.rmtree(path)
+        write(beginning, asked, None)
     start = time.monotonic()
     run(*words)
     drawn = {"asked": asked, "seconds": round(time.monotonic() - start, 1), **more}

@@ -12,10 +12,10 @@ def grid(images, columns, **captions):
     return buffer.getvalue()
 
 
-def curves(lines, xlabel, ylabel, title):
+def curves(lines, xlabel, ylabel, title, logy=False):
     """The png of {name: (xs, ys, errors...)} as lines, as guided_diffusion.pictures.draw_curves draws them."""
     buffer = io.BytesIO()
-    door.pictures().draw_curves(lines, xlabel, ylabel, title).savefig(buffer, format="png")
+    door.pictures().draw_curves(lines, xlabel, ylabel, title, logy).savefig(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -15,6 +15,7 @@ from evaluations import claims, gallery, pages, paired, report, tables
 
 GRID = 40  # images of each arm
 HEAD = "arm metric seeds mean standard_error against difference difference_error low high apart".split()
+DISTANCES = "fid", "sfid"
 TRADES = {"precision": "recall", "density": "coverage", "label_agreement": "coverage"}  # what guidance buys, and pays
 
 
@@ -149,7 +150,8 @@ def drawn(found, up, across, xlabel):
     lines = {name: tuple(map(list, zip(*points))) for name, points in lines.items()}
     caption = f"{tables.NAMES[up]} against {xlabel}, mean over seeds"
     name = f"{up}_{across}" if across else f"along_{up}"
-    return pages.Picture(name, caption, gallery.curves(lines, xlabel, tables.NAMES[up], caption))
+    logy = up in DISTANCES and all(y > 0 for line in lines.values() for y in line[1])  # they differ by factors
+    return pages.Picture(name, caption, gallery.curves(lines, xlabel, tables.NAMES[up], caption, logy))
 
 
 def summary(found, speeds):

@@ -29,6 +29,34 @@ STATE_FORMAT = 1
 _TRAIN, _VALIDATE, _CONDITION = 0, 1, 2
 
 
+def check_options(given):
+    """
+    Raise ValueError for options, {name: value}, that no loop can have.
+
+    :param given: with the arguments of `Trainer` and precision settled; val_data None: there is none.
+    """
+    for name in ("batch_size", "log_interval", "save_interval"):
+        if given[name] < 1:
+            raise ValueError(f"{name} must be 1 or more, not {given[name]}")
+    sharding, precision, lr, lr_min = (given[name] for name in ("sharding", "precision", "lr", "lr_min"))
+    if sharding not in ("none", "fsdp") or (sharding == "fsdp" and precision != "fp32"):
+        raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
+    for name in ("compile", "channels_last"):
+        if given[name] and sharding != "none":
+            raise ValueError(f"--{name} True is for whole networks: not with --sharding {sharding}")
+    if given["lr_schedule"] not in LR_SCHEDULES:
+        raise ValueError(f"unknown lr_schedule {given['lr_schedule']!r}: choose from {', '.join(LR_SCHEDULES)}")
+    if given["keep_best"] and given["val_data"] is None:
+        raise ValueError("keep_best needs held-out images: give --val_data_dir")
+    if not 0 <= given["beta2"] < 1:
+        raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {given['beta2']}")
+    if not 0 <= lr_min <= lr:
+        raise ValueError(f"lr_min is a rate from 0 to lr {lr}, not {lr_min}")
+    for name in ("weight_decay", "grad_clip", "lr_warmup"):
+        if given[name] < 0:
+            raise ValueError(f"{name} must be 0 or more, not {given[name]}")
+
+
 class Trainer:
     """
     load -> loop { step, log, validate, save }.
@@ -78,7 +106,6 @@ class Trainer:
     ):  # fmt: skip
         precision = precision or ("fp16" if use_fp16 else "fp32")
         check_options(locals())
-
         self.task, self.data, self.val_data = task, data, val_data
         self.batch_size = batch_size
         self.microbatch = min(microbatch, batch_size) if microbatch > 0 else batch_size
@@ -471,46 +498,6 @@ LR_SCHEDULES = {  # the share of the way from --lr_min to --lr, by the share of 
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "constant": lambda done: 1.0,
 }
-
-
-def check_options(given):
-    """
-    Raise ValueError for options, {name: value}, that no loop can have.
-
-    :param given: with the arguments of `Trainer`, precision settled; val_data None: there is none.
-    """
-    _check_counts(**{name: given[name] for name in ("batch_size", "log_interval", "save_interval")})
-    whole = {name: given[name] for name in ("compile", "channels_last")}
-    _check_sharding(given["sharding"], given["precision"], **whole)
-    _check_rates(*(given[name] for name in ("lr_schedule", "lr", "lr_min", "beta2")))
-    for name in ("weight_decay", "grad_clip", "lr_warmup"):
-        if given[name] < 0:
-            raise ValueError(f"{name} must be 0 or more, not {given[name]}")
-    if given["keep_best"] and given["val_data"] is None:
-        raise ValueError("keep_best needs held-out images: give --val_data_dir")
-
-
-def _check_counts(**counts):
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, not {value}")
-
-
-def _check_sharding(sharding, precision, **of_whole_networks):
-    if sharding not in ("none", "fsdp") or (sharding == "fsdp" and precision != "fp32"):
-        raise ValueError(f"sharding is none, or, in precision fp32, fsdp; not {sharding} in {precision}")
-    for name, wanted in of_whole_networks.items():
-        if wanted and sharding != "none":
-            raise ValueError(f"--{name} True is for whole networks: not with --sharding {sharding}")
-
-
-def _check_rates(lr_schedule, lr, lr_min, beta2):
-    if lr_schedule not in LR_SCHEDULES:
-        raise ValueError(f"unknown lr_schedule {lr_schedule!r}: choose from {', '.join(LR_SCHEDULES)}")
-    if not 0 <= beta2 < 1:
-        raise ValueError(f"beta2 is a decay in [0, 1), as 0.999, not {beta2}")
-    if not 0 <= lr_min <= lr:
-        raise ValueError(f"lr_min is a rate from 0 to lr {lr}, not {lr_min}")
 
 
 class Share:

@@ -1,5 +1,6 @@
 """The curve of guidance: equal cost, the probe of a classifier, and the page."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -193,3 +194,25 @@ def test_a_changed_extractor_scores_anew(tmp_path, monkeypatch):
             judge.write_bytes(content)
         path = cases.score(asked, tmp_path / "samples.npz", {"scale": 1}, lambda: None)
         assert len(looked) == times and json.loads(path.read_text())["fid"] == 1
+
+
+def test_samples_broken_off_go_on_unless_the_checkpoint_has_changed(tmp_path):
+    """The program that draws would refuse to go on with those of another checkpoint."""
+    model, case, seen = tmp_path / "model.pt", tmp_path / "case", []
+    model.write_bytes(b"1")
+
+    def run(*words):
+        seen.append((case / "samples_1x1x1x1.partial").exists())
+        if len(seen) < 4:
+            (case / "samples_1x1x1x1.partial").mkdir(exist_ok=True)
+            raise ValueError("killed")
+        (case / "samples_1x1x1x1.npz").touch()
+
+    for content in (b"1", b"1", b"other", b"other"):
+        if model.read_bytes() != content:
+            model.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            cases.draw(run, ["draw.py"], [model], case)
+    assert seen == [False, True, False, True]
+    cases.draw(run, ["draw.py"], [model], case)
+    assert len(seen) == 4
