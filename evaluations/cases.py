@@ -1,6 +1,7 @@
 """Cases of a sweep: samples drawn by a program and scored, each once, however often the sweep is broken off."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from evaluations.evaluator import evaluate, write
 
 
 def stamp(path):
-    """What tells one content of a file from the next: its size and time of change."""
-    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns] if path else None
+    """What tells one content of a file from the next, its size and time of change; None for what is no path of one."""
+    return [Path(path).stat().st_size, Path(path).stat().st_mtime_ns] if path and Path(path).exists() else None
 
 
 def draw(run, words, files, folder, **more):
@@ -29,6 +30,11 @@ def draw(run, words, files, folder, **more):
             return found[0], drawn
     for path in found:
         path.unlink()
+    beginning = folder / "asked.json"
+    if not beginning.is_file() or json.loads(beginning.read_text()) != asked:
+        for path in folder.glob("samples_*.partial"):  # of other samples, which were broken off
+            shutil.rmtree(path)
+        write(beginning, asked, None)
     start = time.monotonic()
     run(*words)
     drawn = {"asked": asked, "seconds": round(time.monotonic() - start, 1), **more}
@@ -45,7 +51,8 @@ def score(asked, samples, settings, extractor):
     :return: the path of scores.json.
     """
     path = Path(samples).parent / "scores.json"
-    made_of = [stamp(samples), stamp(asked.reference), asked.extractor, asked.weights]
+    made_of = [stamp(samples), stamp(asked.reference)]
+    made_of += [[name, stamp(name)] for name in (asked.extractor, asked.weights)]
     if path.is_file() and json.loads(path.read_text()).get("made_of") == made_of:
         return path
     parts = {}

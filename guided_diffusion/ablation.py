@@ -287,9 +287,10 @@ def _options(study, section, typed, where):
         field = config.options(*groups).get(name)
         if isinstance(given[name], list) and field and not isinstance(field.default, tuple):
             raise ValueError(f"{where}: {name} takes one value, not {given[name]}: make an arm of each")
+    usual = config.from_preset(typed["train"], config.options(*GROUPS["train"])) | typed["train"]
     for name in INHERITED.get(section, "").split():
-        if name in typed["train"]:
-            given.setdefault(name, typed["train"][name])
+        if name in usual:
+            given.setdefault(name, usual[name])
     try:
         return config.parse("", *groups, argv=words(given))
     except ValueError as error:

@@ -246,13 +246,19 @@ def _connected():
     return dist.is_available() and dist.is_initialized()
 
 
-def _choose_device(name, place):
+def check_device(name):
+    """Raise ValueError, naming the choices, for a device that is not here."""
     gpus = torch.cuda.device_count()
     available = ["cpu"] + ["cuda"] * (gpus > 0) + [f"cuda:{i}" for i in range(gpus)]
     available += ["mps"] * torch.backends.mps.is_available()
-    name = name or ("cuda" if gpus else "cpu")
     if name not in available:
         raise ValueError(f"device {name!r} is not available here; choose from {', '.join(available)}")
+
+
+def _choose_device(name, place):
+    gpus = torch.cuda.device_count()
+    name = name or ("cuda" if gpus else "cpu")
+    check_device(name)
     if place.size > 1 and name not in ("cpu", "cuda"):
         raise ValueError(f"{place.size} ranks cannot share device {name!r}; choose cuda (a GPU for each rank) or cpu")
     return torch.device(f"cuda:{place.local_rank % gpus}" if name == "cuda" else name)

@@ -140,8 +140,9 @@ def draw_curves(curves, xlabel, ylabel, title, logy=False):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_prop_cycle(color=LINE_COLOURS)
-    for name, (xs, ys, *bars) in curves.items():
-        how = {"label": name, "linewidth": 1.6, "marker": "o" if len(xs) <= 12 else None, "markersize": 4}
+    for number, (xs, ys, *bars) in enumerate(curves.values()):
+        # A name is anything: matplotlib would read $ as mathematics, and hide what begins with _.
+        how = {"label": str(number), "linewidth": 1.6, "marker": "o" if len(xs) <= 12 else None, "markersize": 4}
         if bars:
             across, along = [None, *bars][-2:]
             axes.errorbar(xs, ys, along, across, capsize=2, elinewidth=1, **how)
@@ -152,7 +153,9 @@ def draw_curves(curves, xlabel, ylabel, title, logy=False):
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        figure.legend(frameon=False, loc="outside lower center", ncols=2)  # where it hides no line
+        legend = figure.legend(frameon=False, loc="outside lower center", ncols=2)  # where it hides no line
+        for text, name in zip(legend.get_texts(), curves):
+            text.set(text=name, parse_math=False)
     return figure
 
 

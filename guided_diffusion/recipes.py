@@ -3,10 +3,51 @@ What each piece of a study's work depends on: the trainings of its arms, the cla
 and scores. `kept` names the folder of a piece by a hash of it, so that what has changed is done, and nothing twice.
 """
 
+import functools
+import hashlib
 import itertools
+import json
 from pathlib import Path
 
 from . import ablation, image_datasets, kept, saves
+
+WHOLE = 2**30  # bytes of data that are read to tell whether they have changed; of more, sizes and times are
+
+
+class Known:
+    """
+    Names of data by which a change of them is seen. Their fingerprint tells the names of files, not what is in them: so
+    the data that went by a fingerprint first go by it alone, and others by it and their content.
+
+    :param path: json file in which that is remembered, once `write` is called.
+    """
+
+    def __init__(self, path):
+        self.path, self.contents = path, {}
+        self.first = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def name(self, fingerprint, data_dir):
+        """What stands for the data at a path, of that fingerprint, in a recipe."""
+        if data_dir not in self.contents:
+            self.contents[data_dir] = digest_of(data_dir)
+        content = self.contents[data_dir]
+        return fingerprint if self.first.setdefault(fingerprint, content) == content else f"{fingerprint} {content}"
+
+    def write(self):
+        kept.write_json(self.path, self.first)
+
+
+def digest_of(data_dir):
+    """16 hexadecimal digits that files of other content do not have, at a path on a disk; "" of what is elsewhere."""
+    top = Path(data_dir)
+    files = [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
+    about = [path.stat() for path in files]
+    whole = sum(each.st_size for each in about) <= WHOLE
+    digest = hashlib.sha256()
+    for path, each in zip(files, about):
+        content = saves.measure(path)[1] if whole else each.st_mtime_ns
+        digest.update(f"{path.relative_to(top)} {each.st_size} {content}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16] if files else ""
 
 
 class Recipes:
@@ -16,12 +57,13 @@ class Recipes:
     :param study: as `ablation.read` gives it. :param root: folder of the pieces. :param arms: the Arms, the base first,
         with their iterations set when a recipe is asked for. :param judge: as `ablation.judge_of` gives it.
     :param data: {arm's name: what tells the images that it is trained on from others}.
-    :param reference: path of what is scored against.
+    :param reference: path of what is scored against. :param known: Known data.
     """
 
-    def __init__(self, study, root, arms, judge, data, reference):
+    def __init__(self, study, root, arms, judge, data, reference, known):
         self.study, self.root, self.arms = study, root, arms
-        self.judge, self.data, self.reference = judge, data, reference
+        self.judge, self.data, self.known = judge, data, known
+        self.reference = reference
 
     def of_judge(self):
         return {"options": ablation.chosen(self.judge[1]), "seed": ablation.JUDGE_SEED,
@@ -38,9 +80,10 @@ class Recipes:
 
     def of_sample(self, arm, seed):
         guide = kept.key(self.of_classifier(arm, seed)) if "classifier" in arm.args else None
+        worse = arm.args["sample"].guide_path
         return {"model": kept.key(self.of_train(arm, seed)), "classifier": guide, "file": arm.checkpoint,
                 "options": ablation.chosen(arm.args["sample"]), "count": self.study["evaluation"]["samples"],
-                "seed": seed}  # fmt: skip
+                "seed": seed, **({"worse": content_of(worse)} if worse else {})}  # fmt: skip
 
     def of_extractor(self):
         asked = self.study["evaluation"]
@@ -49,8 +92,14 @@ class Recipes:
         return [content_of(asked[name]) for name in ("extractor", "weights")]
 
     def of_score(self, arm, seed):
-        return {"samples": kept.key(self.of_sample(arm, seed)), "reference": content_of(self.reference),
+        return {"samples": kept.key(self.of_sample(arm, seed)), "reference": self._reference,
                 "extractor": self.of_extractor()}  # fmt: skip
+
+    @functools.cached_property
+    def _reference(self):
+        if not Path(self.reference).is_dir():
+            return content_of(self.reference)
+        return self.known.name(image_datasets.open_source(self.reference).fingerprint(), self.reference)
 
     def runs(self):
         """
@@ -81,15 +130,7 @@ class Recipes:
         return {(kind, kept.key(recipe)): recipe for kind, recipe in found}
 
 
-_contents = {}
-
-
+@functools.cache
 def content_of(path):
-    """What tells the content of a file, or of a folder's list of images, from another; other words as they are."""
-    if path not in _contents:
-        there = Path(path) if path else None
-        if there and there.is_file():
-            _contents[path] = saves.measure(path)[1]
-        else:
-            _contents[path] = image_datasets.open_source(path).fingerprint() if there and there.is_dir() else path
-    return _contents[path]
+    """What tells the content of a file from another, 64 hexadecimal digits; other words as they are."""
+    return saves.measure(path)[1] if path and Path(path).is_file() else path

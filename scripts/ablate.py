@@ -44,7 +44,7 @@ import torch as th
 from evaluations import claims, outcome, reference_files, sources, tables
 from evaluations.evaluator import Scorer, Settings, write
 from evaluations.features import make_extractor
-from guided_diffusion import ablation, feasible, kept, pace, recipes, rehearsal, saves, study
+from guided_diffusion import ablation, dist_util, feasible, kept, pace, recipes, rehearsal, saves, study
 from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions
 
 STARTING_SEC = 5  # of a program, until it works
@@ -62,9 +62,10 @@ class Plan(recipes.Recipes):
         claims.check(content["claims"], [arm.name for arm in arms])
         judge = ablation.judge_of(content, arms[0])
         images = feasible.check(content, arms, judge)
-        data, self.images = {name: each[0] for name, each in images.items()}, images[ablation.BASE][1]
+        self.images, known = images[ablation.BASE][1], recipes.Known(out / "data.json")
+        data = {name: known.name(each[0], content["data"]) for name, each in images.items()}
         reference = reference_files.find(content["evaluation"]["reference"] or content["data"])
-        super().__init__(content, out / "work", arms, judge, data, reference)
+        super().__init__(content, out / "work", arms, judge, data, reference, known)
         self._check_metric()
         if content["budget"]["images"]:
             self.set_iterations({})
@@ -104,9 +105,22 @@ class Plan(recipes.Recipes):
 # ---------------------------------------------------------------------------------------------------- time and money
 
 
+def place_of(device):
+    """The torch device of that name, or for "" the one that the programs choose."""
+    return th.device(device or ("cuda" if th.cuda.is_available() else "cpu"))
+
+
+def slots_of(args):
+    """The device of each place where arms run at once, "" for as the programs choose. ValueError if one is not here."""
+    names = [name.strip() for name in args.devices.split(",")] if args.devices else [""]
+    for name in names if args.devices else []:
+        dist_util.check_device(name)
+    return names * args.parallel
+
+
 def measured(plan, out, device):
     """{arm: images a second in training}, and of "classifier" and "judge"; what was measured before is not again."""
-    path, place = out / "speed.json", th.device(device or ("cuda" if th.cuda.is_available() else "cpu"))
+    path, place = out / "speed.json", place_of(device)
     known = json.loads(path.read_text()) if path.is_file() else {}
     speeds = {}
     networks = [(arm.name, "diffusion", arm.args["train"], arm.flags()) for arm in plan.arms]
@@ -114,7 +128,8 @@ def measured(plan, out, device):
     networks += [(name, "classifier", args, config.flags_of(args, ClassifierOptions, DiffusionOptions))
                  for name, args in others if args]  # fmt: skip
     for name, kind, args, flags in networks:
-        key = kept.key({"flags": flags, "batch": args.batch_size, "device": str(place)})
+        precision = {"precision": args.precision} if args.precision else {}
+        key = kept.key({"flags": flags, "batch": args.batch_size, "device": str(place), **precision})
         if key not in known:
             # A classifier has no averages.
             rehearsed = argparse.Namespace(**{"ema_rate": "", "ema_halflife": "", "ema_power": ""} | vars(args))
@@ -166,7 +181,7 @@ def say_plan(plan, args, speeds, slots):
     old = kept.others(plan.root, [kept.folder_of(plan.root, kind, recipe) for (kind, _), recipe in every.items()])
     print(f"{len(plan.arms)} arms x {len(seeds)} seeds: {len(every)} pieces of work, of which {there} are done")
     if old:
-        print(f"{len(old)} done pieces in {plan.root} are of another state of the study file, and are not used")
+        print(f"{len(old)} done pieces in {plan.root} are of another state of the study or its data, and are not used")
     if speeds:
         counted = set()
         left = sum(seconds_of(plan, arm, seed, speeds, counted) for arm, seed in itertools.product(plan.arms, seeds))
@@ -260,7 +275,7 @@ class Runner:
 
         def work(folder):
             with self.looking:
-                scorer = self._scoring()
+                scorer = self._scoring(device)
                 source = sources.open_source(str(samples), getattr(scorer.extractor, "channels", 3))
                 parts = {}
                 found = scorer.scores(source, scorer.look_at(source, "samples"), parts)
@@ -268,9 +283,9 @@ class Runner:
 
         return kept.do(self.root, "score", self.plan.of_score(arm, seed), work) / "scores.json"
 
-    def _scoring(self):
+    def _scoring(self, device):
         if self._scorer is None:
-            asked, place = self.plan.study["evaluation"], "cuda" if th.cuda.is_available() else "cpu"
+            asked, place = self.plan.study["evaluation"], str(place_of(device))
             extractor = make_extractor(str(self.judge() or asked["extractor"]), place, asked["weights"] or None)
             self._scorer = self.plan.scorer(extractor, self.out)
         return self._scorer
@@ -301,7 +316,7 @@ def run_all(runner, slots):
                 try:
                     found = json.loads(done.result().read_text())
                     said = f"Frechet distance {tables.score(found, 'fid')}"
-                except (ValueError, ArithmeticError, OSError) as error:
+                except (ValueError, ArithmeticError, OSError, RuntimeError) as error:  # the last: torch's, as no memory
                     state = "diverged" if isinstance(error, kept.Diverged) else "failed"
                     failed[arm.name, seed] = said = f"{state}: {' '.join(str(error).split())}"
                 bar.update()
@@ -376,6 +391,7 @@ def say_agreement(results, path):
 def main():
     args = config.parse(__doc__, *OPTIONS, positional=POSITIONAL)
     study.check_least(args, parallel=1)
+    slots = slots_of(args)
     th.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # as the programs that it runs: see study.Study
     content = ablation.read(args.study)
     out = Path(args.out or f"runs/{Path(args.study).stem}")
@@ -385,9 +401,9 @@ def main():
         raise ValueError("a budget in seconds needs the measured speed: leave --estimate True, or give images")
     out.mkdir(parents=True, exist_ok=True)
     lock = saves.Lock(out, "--out")
+    plan.known.write()
     if args.run:
         lock.acquire(patience_sec=1)
-    slots = (args.devices.split(",") if args.devices else [""]) * args.parallel
     speeds = measured(plan, out, slots[0]) if args.estimate else {}
     plan.set_iterations(speeds)
     say_plan(plan, args, speeds, slots)

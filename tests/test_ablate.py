@@ -15,7 +15,7 @@ import pytest
 import torch as th
 
 from evaluations import claims, outcome, paired
-from guided_diffusion import ablation, checkpoint, config, kept, saves, script_util, unet
+from guided_diffusion import ablation, checkpoint, config, kept, pictures, saves, script_util, unet
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.network_options import ClassifierOptions, DiffusionOptions, ModelOptions
 
@@ -163,8 +163,8 @@ def test_what_is_done_is_kept_and_a_changed_file_says_what_is_not_used(folder, w
     code, said = run(folder, text, "whole", "--run", "False")
     told = "19 pieces of work, of which 19 are done" if not change else "23 pieces of work, of which 17 are done"
     assert code == 0 and told in said
-    assert ("2 done pieces in whole/work are of another state of the study file, and are not used" in said) == bool(
-        change)
+    said_so = "2 done pieces in whole/work are of another state of the study or its data, and are not used" in said
+    assert said_so == bool(change)
     if not change:
         recorded = folder / "whole" / "results.json"
         altered = json.loads(recorded.read_text())
@@ -209,11 +209,13 @@ def test_arms_run_side_by_side_each_on_a_device():
             seen.append(sorted(busy))
             both.wait()
             busy.remove(device)
-            raise kept.Diverged("the loss is not finite") if (arm.name, seed) == ("b", 0) else OSError("no room")
+            why = {("b", 0): kept.Diverged("the loss is not finite"), ("b", 1): RuntimeError("out of memory")}
+            raise why.get((arm.name, seed), OSError("no room"))
 
     failed = program.run_all(Work(), ["cuda:0", "cuda:1"])
     assert seen == [["cuda:0", "cuda:1"]] * 4
-    assert failed.pop(("b", 0)) == "diverged: the loss is not finite" and set(failed.values()) == {"failed: no room"}
+    assert failed.pop(("b", 0)) == "diverged: the loss is not finite"
+    assert failed.pop(("b", 1)) == "failed: out of memory" and list(failed.values()) == ["failed: no room"] * 2
 
 
 def test_arms_that_share_a_training_are_worked_on_last(folder, tmp_path, monkeypatch):
@@ -241,6 +243,44 @@ def test_a_piece_that_several_want_at_once_is_done_once(tmp_path):
     for thread in threads:
         thread.join(30)
     assert len(begun) == 1 and kept.told(tmp_path, "train", {"a": 1}) == ""
+
+
+def test_pictures_edited_in_place_are_other_data(folder, tmp_path, monkeypatch):
+    """Their names stay, and with them the fingerprint; what was there first goes by that alone."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "data").mkdir()
+    for i in range(8):
+        pictures.save_grid(tmp_path / f"data/{i % 2}_{i}.png", np.full((1, 8, 8, 3), i, np.uint8), 1)
+    text = STUDY.replace("digits.npz", f"{tmp_path}/data").replace("image_channels = 1", "image_channels = 3")
+    (tmp_path / "x.toml").write_text(text.replace("num_classes = 10", "num_classes = 2") + ARM)
+
+    def plan():
+        found = ablate().Plan(ablation.read(tmp_path / "x.toml"), tmp_path)
+        found.known.write()
+        keys = [kept.key(recipe) for _, recipe in found.pieces(found.arms[1], 0)] + [kept.key(found.of_judge())]
+        return found.data["base"], keys
+
+    before, keys = plan()
+    kept_picture = (tmp_path / "data/1_3.png").read_bytes()
+    pictures.save_grid(tmp_path / "data/1_3.png", np.full((1, 8, 8, 3), 99, np.uint8), 1)
+    after, others = plan()
+    assert after.startswith(f"{before} ") and not set(keys) & set(others)
+    (tmp_path / "data/1_3.png").write_bytes(kept_picture)
+    assert plan() == (before, keys)
+
+
+def test_a_device_that_is_not_here_is_refused_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = ["ablate", "none.toml", "--out", str(tmp_path / "out"), "--devices"]
+    monkeypatch.setattr("sys.argv", [*words, "cpu, cdua:1"])
+    with pytest.raises(ValueError, match="device 'cdua:1' is not available here; choose from cpu"):
+        ablate().main()
+    assert ablate().slots_of(SimpleNamespace(devices="cpu, cpu", parallel=2)) == ["cpu"] * 4
+
+
+def test_a_preset_tells_the_classifiers_of_a_study_what_they_look_at():
+    typed = {"judge": {}, "train": {"preset": "imagenet128"}}
+    assert ablation._options({"classifier": {}}, "judge", typed, "[judge]").image_size == 128
 
 
 def test_two_studies_in_one_folder_are_refused(folder, tmp_path):

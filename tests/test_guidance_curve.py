@@ -1,10 +1,12 @@
 """The curve of guidance: equal cost, the probe of a classifier, and the page."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch as th
 from test_scores import networks  # noqa: F401  (a fixture)
 
-from evaluations import intervals
+from evaluations import cases, intervals
 from guided_diffusion import checkpoint, probe, script_util, study
 from guided_diffusion.script_util import create_gaussian_diffusion
 
@@ -177,3 +179,40 @@ def test_models_in_each_others_place_are_named(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["guidance_curve", *words_of(trained, tmp_path / "out"), *swapped])
     with pytest.raises(ValueError, match="was trained with --class_cond True: give it as the other"):
         program().main()
+
+
+def test_a_changed_extractor_scores_anew(tmp_path, monkeypatch):
+    """The file of the extractor counts, not its name alone."""
+    judge, looked = tmp_path / "judge.pt", []
+    for path in (judge, tmp_path / "real.npz", tmp_path / "samples.npz"):
+        path.write_bytes(b"1")
+    monkeypatch.setattr(cases, "evaluate", lambda *args, **more: looked.append(args) or {"fid": 1.0})
+    asked = SimpleNamespace(reference=str(tmp_path / "real.npz"), extractor=str(judge), weights="", batch_size=1,
+                            out=tmp_path)  # fmt: skip
+    for content, times in ((b"1", 1), (b"1", 1), (b"other", 2), (b"other", 2)):
+        if judge.read_bytes() != content:
+            judge.write_bytes(content)
+        path = cases.score(asked, tmp_path / "samples.npz", {"scale": 1}, lambda: None)
+        assert len(looked) == times and json.loads(path.read_text())["fid"] == 1
+
+
+def test_samples_broken_off_go_on_unless_the_checkpoint_has_changed(tmp_path):
+    """The program that draws would refuse to go on with those of another checkpoint."""
+    model, case, seen = tmp_path / "model.pt", tmp_path / "case", []
+    model.write_bytes(b"1")
+
+    def run(*words):
+        seen.append((case / "samples_1x1x1x1.partial").exists())
+        if len(seen) < 4:
+            (case / "samples_1x1x1x1.partial").mkdir(exist_ok=True)
+            raise ValueError("killed")
+        (case / "samples_1x1x1x1.npz").touch()
+
+    for content in (b"1", b"1", b"other", b"other"):
+        if model.read_bytes() != content:
+            model.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            cases.draw(run, ["draw.py"], [model], case)
+    assert seen == [False, True, False, True]
+    cases.draw(run, ["draw.py"], [model], case)
+    assert len(seen) == 4

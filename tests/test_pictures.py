@@ -190,3 +190,11 @@ def test_curves_are_written_without_touching_pyplot(tmp_path):
 
 def test_importing_pictures_is_cheap():
     assert not {"PIL", "matplotlib"} & set(vars(pictures))
+
+
+def test_names_of_curves_are_shown_as_they_are():
+    """Not as mathematics, which a $ would begin, and not hidden, as what begins with _ would be."""
+    names = ["_hidden", r"$\foo$", "<b>plain"]
+    figure = draw_curves({name: ([1, 2], [3.0, i]) for i, name in enumerate(names)}, "x", "y", "t")
+    figure.canvas.draw()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
