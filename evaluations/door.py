@@ -20,6 +20,13 @@ def locate(path):
     return locate(path)
 
 
+def sides(size):
+    """(height, width) of a size as `parse_size` gives it."""
+    from guided_diffusion.sizes import sides
+
+    return sides(size)
+
+
 def size_of(flags):
     """(height, width) of the images that a network of these flags reads."""
     from guided_diffusion.sizes import size_of
@@ -75,7 +82,6 @@ def center_crop(image, size):
     :param size: as of `parse_size`.
     """
     from guided_diffusion.image_datasets import center_crop_arr
-    from guided_diffusion.sizes import sides
 
     return center_crop_arr(image, sides(size))
 

@@ -265,6 +265,31 @@ class LoaderSource(FilesSource):
         return digest.hexdigest()
 
 
+class CutSource(Source):
+    """The images of another Source brought to one size, as the training data are; moments of theirs no longer hold."""
+
+    def __init__(self, source, image_size):
+        super().__init__(source.name)
+        self.source, self.image_size = source, image_size
+        self.count, self.labels, self.lossy = source.count, source.labels, source.lossy
+        self.label_problem = source.label_problem
+
+    def _check(self):
+        self.source.check()
+
+    def blocks(self, rank=0, num_ranks=1, start=0, stop=None):
+        from PIL import Image
+
+        for block in self.source.blocks(rank, num_ranks, start, stop):
+            flat = block.images[..., 0] if block.images.shape[-1] == 1 else block.images
+            cut = np.stack([door.center_crop(Image.fromarray(image), self.image_size) for image in flat])
+            yield block._replace(images=cut.reshape(*cut.shape[:3], block.images.shape[-1]))
+
+    def fingerprint(self, count):
+        known = self.source.fingerprint(count)
+        return known and hashlib.sha256(f"{self.image_size} {known}".encode()).hexdigest()
+
+
 class StreamSource(Source):
     """Batches as they come: each `images`, or `(indices, images, labels)` as the samplers give them (labels or None).
 
@@ -344,7 +369,9 @@ def _open_path(path, channels, image_size):
     if any(name.endswith(".npy") for name in names):
         from evaluations.reference_files import open_npz
 
-        return open_npz(path)
+        source = open_npz(path)
+        there = getattr(source, "shape", None)
+        return CutSource(source, image_size) if image_size and there and there[:2] != door.sides(image_size) else source
     return FilesSource(path, channels, image_size)
 
 

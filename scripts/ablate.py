@@ -87,10 +87,9 @@ class Plan(recipes.Recipes):
             extractor(np.zeros((1, height, width, channels), np.uint8))
 
     def _look(self):
-        """(size in pixels, channels) of the images that are scored."""
+        """(size, as of `sizes.parse_size`, channels) of the images that are scored."""
         flags = self.arms[0].flags()
-        size = sizes.size_of(flags)
-        return (size[0] if size[0] == size[1] else size), flags["image_channels"]
+        return flags["image_size"], flags["image_channels"]
 
     def scorer(self, extractor, out):
         """The Scorer of samples against the reference."""

@@ -227,3 +227,19 @@ def test_labels_that_are_none_are_left_alone_until_they_are_needed(tmp_path):
     np.savez(tmp_path / "a.npz", IMAGES, np.eye(600))
     source = sources.open_source(tmp_path / "a.npz")
     assert source.labels is None and "expected 600 whole numbers" in source.label_problem
+
+
+@pytest.mark.parametrize("channels, size", [(1, 16), (3, 16), (3, "12x20")])
+def test_an_npz_of_another_size_is_cut_as_pictures_in_a_folder_are(tmp_path, channels, size):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 40, channels), np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.arange(5))
+    (tmp_path / "folder").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image[..., 0] if channels == 1 else image).save(tmp_path / "folder" / f"{number}.png")
+    cut, other = (sources.open_source(tmp_path / name, channels, size) for name in ("images.npz", "folder"))
+    found, wanted = (list(source.blocks(start=1)) for source in (cut, other))
+    assert np.array_equal(found[0].images, wanted[0].images) and found[0].images.shape[0] == 4
+    assert found[0].labels.tolist() == [1, 2, 3, 4] and cut.count == 5
+    whole = sources.open_source(tmp_path / "images.npz", channels)
+    assert cut.fingerprint(5) not in (None, whole.fingerprint(5))
+    assert type(sources.open_source(tmp_path / "images.npz", channels, "28x40")) is type(whole)
