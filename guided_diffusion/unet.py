@@ -227,13 +227,13 @@ class AttentionBlock(nn.Module):
 
 def count_heads(channels, num_heads, num_head_channels):
     """Number of attention heads for a width; raises UsageError, naming the numbers, if it does not split evenly."""
-    if num_head_channels == -1:
-        if channels % num_heads:
-            raise UsageError(f"q,k,v channels {channels} is not divisible by num_heads {num_heads}")
-        return num_heads
-    if channels % num_head_channels:
-        raise UsageError(f"q,k,v channels {channels} is not divisible by num_head_channels {num_head_channels}")
-    return channels // num_head_channels
+    by_count = num_head_channels == -1
+    name, number = ("num_heads", num_heads) if by_count else ("num_head_channels", num_head_channels)
+    if number < 1:
+        raise UsageError(f"{name} must be 1 or more, not {number}")
+    if channels % number:
+        raise UsageError(f"q,k,v channels {channels} is not divisible by {name} {number}")
+    return number if by_count else channels // number
 
 
 def attend(q, k, v, valid=None):

@@ -811,6 +811,8 @@ def test_flops_counter():
         ({"image_size": 2, "channel_mult": (1, 1, 2)}, "image_size 2 is not divisible by 4.*use 4,"),
         ({"num_head_channels": 48}, "q,k,v channels 64 is not divisible by num_head_channels 48"),
         ({"num_heads": 5}, "q,k,v channels 64 is not divisible by num_heads 5"),
+        ({"num_heads": 0}, "num_heads must be 1 or more, not 0"),
+        ({"num_head_channels": 0}, "num_head_channels must be 1 or more, not 0"),
         ({"dims": 4}, "unsupported dimensions: 4"),
     ],
 )
