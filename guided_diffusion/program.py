@@ -15,9 +15,11 @@ from .fp16_util import PRECISIONS
 from .generate import evaluated, planned, sample_stream, save_class_grid, save_frames
 from .identify import identify
 from .image_datasets import load_data
+from .inverse import applied
 from .layouts import to_channels_last
 from .network_options import ClassifierOptions, DiffusionOptions, ModelOptions, SuperResOptions
 from .pace import convolution_rate
+from .prediction import clipped
 from .reuse import Reusing
 from .sample_store import SampleStore, drain, parse_kinds, plan_of
 from .script_util import open_diffusion, open_super_res
@@ -412,7 +414,11 @@ def steer_of(args, diffusion, cond_fn):
             guided = guidance.classifier_guided_at_mean(predict, grad_fn, diffusion)
         else:
             guided = guidance.classifier_guided(predict, grad_fn)
-        return guidance.interval(guidance.every(guided, predict, args.classifier_every), predict, first, last)
+        guided = guidance.interval(guidance.every(guided, predict, args.classifier_every), predict, first, last)
+        # Near pure noise x_0 follows a classifier's gradient times sigma^2 / sqrt(1 + sigma^2), far out of the range of
+        # images. The original lets it; the named samplers, which begin at such rows, do not.
+        by_score = args.sampler not in ("", "ddpm") and args.clip_denoised
+        return clipped(applied(guided, diffusion), diffusion) if by_score else guided
 
     return steer
 

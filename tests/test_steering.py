@@ -10,7 +10,7 @@ import torch as th
 from test_guidance import F64, SMALL, at, run
 from test_programs import done, edited, refused, samples
 
-from guided_diffusion import checks, config, generate, guidance, prediction, sampling, toy
+from guided_diffusion import checks, config, generate, guidance, prediction, program, sampling, toy
 from guided_diffusion.guidance import classifier_gradient, classifier_guided
 from guided_diffusion.process import Process, get_named_beta_schedule
 from guided_diffusion.respace import space_timesteps
@@ -54,6 +54,42 @@ def test_exact_joint_logits_weigh_the_joint_and_the_marginal_score(scale, margin
         eps = sampling.guided_score(p, x, t, guided(x, t, y=y)).eps
         wanted = mixed_score(p, data, x, t, y, ones(scale), ones(1 - scale * marginal))
         th.testing.assert_close(eps, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("words", [
+    ["--use_ddim", "True"], ["--sampler", "ddpm"], ["--sampler", "dpmpp_2m"], ["--sampler", "ddim"],
+    ["--sampler", "ddim", "--clip_denoised", "False"],
+])  # fmt: skip
+def test_named_samplers_keep_guided_images_in_range(words):
+    """
+    On the last row of the cosine schedule 1 / sqrt(abar) is 2.0e4, so that the gradient 1e-3, where the exact denoiser
+    says x_0 = 0, asks for x_0 = 20 with eps = -1e-3; clipped, x_0 is 1 and eps = -sqrt(abar) / sqrt(1 - abar). On the
+    row in the middle, sigma = 1, nothing is clipped: x_0 = sigma^2 / sqrt(1 + sigma^2) grad = grad / sqrt(2) = .0007.
+    """
+    p = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
+    args = config.parse("", ClassifierSampleOptions, argv=words)
+    steer = program.steer_of(args, p, lambda x, t, y=None: th.full_like(x, 1e-3))
+
+    def predict(x, t):
+        return prediction.Prediction(th.zeros_like(x), th.zeros_like(x), th.ones_like(x), th.zeros_like(x))
+
+    x = th.zeros(2, 1, 2, 2, dtype=F64)
+    top = 999
+    abar = p.alphas_cumprod[top]
+    assert 1.9e4 < 1 / math.sqrt(abar) < 2.2e4
+    pred = steer(predict)(x, th.full((2,), top))
+    if words[-1] in ("dpmpp_2m", "ddim"):
+        assert pred.grad is None
+        th.testing.assert_close(pred.x0, th.ones_like(x))
+        th.testing.assert_close(pred.eps, th.full_like(x, -math.sqrt(abar / (1 - abar))))
+    else:
+        th.testing.assert_close(pred.grad, th.full_like(x, 1e-3))
+        unclipped = sampling.guided_score(p, x, th.full((2,), top), pred).x0
+        th.testing.assert_close(unclipped, th.full_like(x, 1e-3 * (1 - abar) / math.sqrt(abar)))
+    row = int(np.abs(p.sqrt_recipm1_alphas_cumprod - 1).argmin())
+    t = th.full((2,), row)
+    below = sampling.guided_score(p, x, t, steer(predict)(x, t)).x0
+    th.testing.assert_close(below, th.full_like(x, 1e-3 / math.sqrt(2)), rtol=0.01, atol=0)
 
 
 def test_joint_and_marginal_scales_may_differ_by_sample_and_row():
