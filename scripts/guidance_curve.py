@@ -40,7 +40,7 @@ class CurveOptions:
     seed: int = option(0, "seed of the samples, alike in all cases")
     levels: int = option(10, "noise levels at which the classifier is tried")
     level_images: int = option(200, "images at each of them")
-    out: str = option("runs/guidance", "folder of the cases, the features and the page")
+    out: str = option("runs/guidance_curve", "folder of the cases, the features and the page")
 
 
 OPTIONS = (CurveOptions,)

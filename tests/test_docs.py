@@ -316,7 +316,7 @@ def test_every_command_of_the_page_on_studies(clone):
     assert (clone / "runs/study/report.html").read_text().count("data:image/png") == 5
     claimed = json.loads((clone / "runs/study/results.json").read_text())["claims"]
     assert [each["claim"] for each in claimed] == ["two blocks lower the distance", "DDIM costs nothing"]
-    assert len(list(clone.glob("runs/guidance/cases/*/scores.json"))) == 4
+    assert len(list(clone.glob("runs/guidance_curve/cases/*/scores.json"))) == 4
 
 
 def test_every_command_of_the_page_on_reproduction(clone):
