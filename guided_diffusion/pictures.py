@@ -133,13 +133,14 @@ def draw_curves(curves, xlabel, ylabel, title, logy=False):
     (xs, ys, errors) has bars of that length above and below each point, and (xs, ys, errors of xs, errors) to the sides
     as well; None: no bars.
     """
+    from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_prop_cycle(color=LINE_COLOURS)
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=LINE_COLOURS))
     for number, (xs, ys, *bars) in enumerate(curves.values()):
         # A name is anything: matplotlib would read $ as mathematics, and hide what begins with _.
         how = {"label": str(number), "linewidth": 1.6, "marker": "o" if len(xs) <= 12 else None, "markersize": 4}

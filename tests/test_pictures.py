@@ -164,8 +164,7 @@ def test_curves(tmp_path, monkeypatch):
     save_curves(tmp_path / "a.png", curves, "updates", "loss", "Training", logy=True)
     save_curves(tmp_path / "b.png", {"one": ([1, 2], [3, 4])}, "x", "y", "t")
     axes = figures[0].axes[0]
-    drawn = {line.get_label(): [list(line.get_xdata()), list(line.get_ydata())] for line in axes.lines}
-    assert drawn == {name: list(curve) for name, curve in curves.items()}
+    assert [[list(line.get_xdata()), list(line.get_ydata())] for line in axes.lines] == list(map(list, curves.values()))
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title("left")) == ("updates", "loss", "Training")
     assert axes.get_yscale() == "log" and figures[1].axes[0].get_yscale() == "linear"
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["loss", "vb"]
@@ -198,3 +197,9 @@ def test_names_of_curves_are_shown_as_they_are():
     figure = draw_curves({name: ([1, 2], [3.0, i]) for i, name in enumerate(names)}, "x", "y", "t")
     figure.canvas.draw()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+
+
+def test_more_lines_than_colours_are_told_apart_by_their_strokes():
+    figure = pictures.draw_curves({f"{n}": ([0, 1], [n, n], [0, 0]) for n in range(15)}, "x", "y", "title")
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(looks - {look for look in looks if look[1] == "None"}) == 15
