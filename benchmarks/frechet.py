@@ -6,6 +6,7 @@ Above full rank (20000 rows) and below it (1000 rows, where the distance from th
 The methods take turns, so that a busy machine slows all alike; medians of 5. Writes results/frechet.json.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -67,6 +68,7 @@ def machine():
 
 def main():
     """Prints the table and writes it."""
+    argparse.ArgumentParser(description=__doc__.strip().splitlines()[0]).parse_args()
     rows = []
     print(f"{'rows':>6}  {'method':32}{'wall s':>9}{'CPU s':>9}  distance")
     for count in (20000, 1000):

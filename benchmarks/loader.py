@@ -6,6 +6,7 @@ The JPEG files (quality 90) are cuts of the two photographs that scikit-learn sh
 busy machine slows all alike; images per second of one process, medians of the rounds. Writes results/loader.json.
 """
 
+import argparse
 import datetime
 import importlib.util
 import json
@@ -105,6 +106,7 @@ def run(images=IMAGES, rounds=ROUNDS, batch=BATCH):
 
 def main():
     """Prints the table and writes it."""
+    argparse.ArgumentParser(description=__doc__.strip().splitlines()[0]).parse_args()
     result = run()
     for row in result["median"]:
         print(f"{row['source']:12}{row['images_per_s']:10.0f} images/s{row['times_jpeg']:8.1f} x")
