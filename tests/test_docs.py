@@ -412,7 +412,7 @@ def test_every_flag_that_the_docs_name_exists():
                "keep", "reference", "no_errors", "per_class", "anyway", "held_out", "samplers", "emas", "more", "count",
                "allow_other_weights", "templates", "hold_out", "vectors", "encoder", "judge", "strips", "demo",
                "hundred", "png", "map", "checksum", "prefix", "class_texts", "val_out", "val_count", "run", "price",
-               "devices", "parallel", "equal_cost", "walks", "free_scales", "uncond_path"}  # fmt: skip
+               "devices", "parallel", "equal_cost", "walks", "free_scales", "uncond_path", "recorded"}  # fmt: skip
     for path in DOCS:
         named = set(re.findall(r"(?<![\w-])--([a-z_][a-z_0-9]*)", path.read_text()))
         assert named <= known | foreign, f"{path.name}: {named - known - foreign}"
