@@ -98,8 +98,8 @@ def page(study, arms, found, judged, speeds, notes):
         lines = {arm["name"]: mean_curve(arm["curves"], column) for arm in found}
         lines = {name: line for name, line in lines.items() if line}
         if lines:
-            blocks.append(pages.Picture(column, f"{label} over training, mean over seeds",
-                                        gallery.curves(lines, "images seen", label, label)))  # fmt: skip
+            png = gallery.curves(lines, "images seen", label, label, positive(lines))
+            blocks.append(pages.Picture(column, f"{label} over training, mean over seeds", png))
     for number, arm in enumerate(arms):
         blocks += grid(number, arm)
     return blocks
@@ -150,8 +150,13 @@ def drawn(found, up, across, xlabel):
     lines = {name: tuple(map(list, zip(*points))) for name, points in lines.items()}
     caption = f"{tables.NAMES[up]} against {xlabel}, mean over seeds"
     name = f"{up}_{across}" if across else f"along_{up}"
-    logy = up in DISTANCES and all(y > 0 for line in lines.values() for y in line[1])  # they differ by factors
+    logy = up in DISTANCES and positive(lines)
     return pages.Picture(name, caption, gallery.curves(lines, xlabel, tables.NAMES[up], caption, logy))
+
+
+def positive(lines):
+    """Whether all of {name: (xs, ys, ...)} lies above 0, so that losses and distances can be drawn by their factors."""
+    return all(y > 0 for line in lines.values() for y in line[1])
 
 
 def summary(found, speeds):

@@ -600,13 +600,15 @@ def test_pictures_along_the_axis_show_the_means_in_order_with_a_line_each(monkey
     monkeypatch.setattr("evaluations.gallery.curves", lambda *words: shown.append(words) or b"")
     scored = [("a", 2, [1, 3]), ("a", 0, [5, 5]), ("b", 1, [7, 9])]
     arms = [{"name": f"{line}{at}", "at": at, "line": line, "against": (), "runs": {
-        seed: {"failed": "", "scores": {"precision": value, "recall": -value}, "log": {}}
+        seed: {"failed": "", "scores": {"precision": value, "recall": -value, "fid": value, "sfid": -value}, "log": {}}
         for seed, value in enumerate(values)}} for line, at, values in scored]  # fmt: skip
     blocks = outcome.along(outcome.results(arms), ["precision", "recall"], "dropout")
     assert [block.name for block in blocks] == ["along_precision", "along_recall", "precision_recall"]
     assert shown[0][0] == {"a": ([0, 2], [5, 2], [0, 0], [0, 1]), "b": ([1], [8], [0], [1])}
     assert shown[2][0] == {"a": ([-5, -2], [5, 2], [0, 1], [0, 1]), "b": ([-8], [8], [1], [1])}
     assert [words[1] for words in shown] == ["dropout", "dropout", "recall"]
+    outcome.along(outcome.results(arms), ["fid", "sfid"], "dropout")
+    assert [words[4] for words in shown] == [False, False, False, True, False]  # by factors: distances, all above 0
 
 
 @pytest.mark.parametrize("way, d, wanted", [

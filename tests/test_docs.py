@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations import claims, intervals
+from evaluations import claims, intervals, paired
 from guided_diffusion import ablation
 
 ROOT = Path(__file__).parent.parent
@@ -357,6 +357,15 @@ def test_the_page_on_reproduction_says_what_the_recorded_studies_found(name):
         low, high = (each["finding"][end] for end in ("low", "high"))
         if "near" not in each and low <= 0 <= high:
             assert each["verdict"] == "not decidable"
+
+
+def test_the_page_on_reproduction_has_the_recorded_distances_of_schedules():
+    page = (ROOT / "docs" / "reproduction.md").read_text()
+    arms = ["linear", "cosine, half the noise", "base", "cosine, twice the noise", "cosine, four times the noise"]
+    for size in (8, 16):
+        found = {arm["name"]: arm for arm in json.loads(RECORDED[f"schedules_{size}"].read_text())["arms"]}
+        shown = [paired.texts(found[arm]["compared"]["fid"]["mean"])[0] for arm in arms]
+        assert f"| {size}x{size} | {' | '.join(shown)} |" in page
 
 
 def test_the_page_on_reproduction_has_the_recorded_curve_of_guidance():
